@@ -1,0 +1,113 @@
+"""The one place that makes gRPC channels and servers: TLS, message sizes, keep-alive."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from fednano.wire.errors import FedNanoError, InvalidRequest, from_rpc_error
+from fednano.wire.interceptors import Authenticate, AuthInterceptor, ErrorInterceptor
+
+PROTOCOL = 1
+# A chunk and its frame; everything larger is a stream of chunks.
+_MAX_MESSAGE = 4 << 20
+_COMMON = (
+    ("grpc.max_receive_message_length", _MAX_MESSAGE),
+    ("grpc.max_send_message_length", _MAX_MESSAGE),
+)
+_CLIENT = (
+    *_COMMON,
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+_SERVER = (
+    *_COMMON,
+    ("grpc.so_reuseport", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+
+
+@dataclass(frozen=True)
+class ServerTls:
+    """PEM files of a listening service."""
+
+    certificate: Path
+    key: Path
+
+    def credentials(self) -> grpc.ServerCredentials:
+        pair = (self.key.read_bytes(), self.certificate.read_bytes())
+        return grpc.ssl_server_credentials([pair])
+
+
+@dataclass(frozen=True)
+class ClientTls:
+    """How a caller checks the service: by this CA, or by the system's where there is none."""
+
+    ca: Path | None = None
+    server_name: str | None = None  # where it differs from the address that is dialled
+
+
+def is_loopback(host: str) -> bool:
+    """True for localhost and loopback addresses."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_exposure(field: str, host: str, tls: object | None, insecure: bool) -> None:
+    """Tokens and data must not cross a network in the clear unless somebody said so.
+
+    Raises InvalidRequest.
+    """
+    if tls is None and not insecure and not is_loopback(host):
+        raise InvalidRequest.of(
+            field, "a loopback address, TLS, or --insecure for a trusted network", repr(host)
+        )
+
+
+def make_channel(target: str, tls: ClientTls | None = None) -> grpc.Channel:
+    """A channel to host:port; it connects when first used."""
+    options: Sequence[tuple[str, object]] = _CLIENT
+    if tls is None:
+        return grpc.insecure_channel(target, options)
+    if tls.server_name:
+        options = (*_CLIENT, ("grpc.ssl_target_name_override", tls.server_name))
+    roots = tls.ca.read_bytes() if tls.ca else None
+    return grpc.secure_channel(target, grpc.ssl_channel_credentials(roots), options)
+
+
+def make_server(authenticate: Authenticate) -> grpc.aio.Server:
+    """An asyncio server that refuses unauthenticated calls and reports our errors as statuses."""
+    return grpc.aio.server(
+        interceptors=[ErrorInterceptor(), AuthInterceptor(authenticate)], options=_SERVER
+    )
+
+
+def listen(server: grpc.aio.Server, host: str, port: int, tls: ServerTls | None) -> int:
+    """Binds host:port (0: any free one) and returns the port."""
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        if tls is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, tls.credentials())
+    except RuntimeError as error:
+        raise FedNanoError(f"can't listen on {address}: {error}") from error
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Raises our own errors for gRPC's."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise from_rpc_error(error) from error

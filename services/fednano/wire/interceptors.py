@@ -1,0 +1,128 @@
+"""What surrounds every call of our asyncio gRPC servers: authentication, and errors to statuses."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from fednano.wire.errors import FedNanoError, Unauthenticated, to_metadata
+from fednano.wire.sessions import Identity
+
+log = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    Handler = grpc.RpcMethodHandler[Any, Any]
+    Context = grpc.aio.ServicerContext[Any, Any]
+else:
+    Handler, Context = grpc.RpcMethodHandler, grpc.aio.ServicerContext
+Around = Callable[[Context], AbstractAsyncContextManager[None]]
+Authenticate = Callable[[str], Awaitable[Identity]]
+"""From a bearer token to who it is; raises Unauthenticated."""
+
+PUBLIC_SERVICES = ("/grpc.health.v1.Health/",)
+_caller: ContextVar[Identity] = ContextVar("caller")
+
+
+def caller() -> Identity:
+    """Who made the call that is being served."""
+    return _caller.get()
+
+
+def bearer(token: str) -> tuple[tuple[str, str], ...]:
+    """Call metadata that carries a bearer token."""
+    return (("authorization", f"Bearer {token}"),)
+
+
+def read_bearer(value: str | bytes | None) -> str:
+    """The token in an Authorization value; raises Unauthenticated."""
+    text = value.decode("latin-1") if isinstance(value, bytes) else value or ""
+    scheme, _, token = text.partition(" ")
+    if scheme.lower() != "bearer" or not token:
+        raise Unauthenticated
+    return token
+
+
+def _surround(handler: Handler, around: Around) -> Handler:
+    """The same handler with `around` entered for the length of each call."""
+    inner: Any = (
+        handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+    )
+
+    async def reply(request: Any, context: Context) -> Any:
+        async with around(context):
+            return await inner(request, context)
+
+    async def replies(request: Any, context: Context) -> AsyncIterator[Any]:
+        async with around(context):
+            async for message in inner(request, context):
+                yield message
+
+    kind = ("stream" if handler.request_streaming else "unary") + (
+        "_stream" if handler.response_streaming else "_unary"
+    )
+    make = getattr(grpc, f"{kind}_rpc_method_handler")
+    outer = replies if handler.response_streaming else reply
+    made: Handler = make(
+        outer,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
+    return made
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turns our errors into statuses, and anything else into INTERNAL without its text."""
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Handler:
+        handler: Handler = await continuation(details)
+        if handler is None:
+            return handler
+        return _surround(handler, lambda context: self._guard(context, details.method))
+
+    @asynccontextmanager
+    async def _guard(self, context: Context, method: str) -> AsyncIterator[None]:
+        try:
+            yield
+        except FedNanoError as error:
+            log.info("request refused", extra={"rpc": method, "reason": error.detail})
+            await context.abort(error.status, error.detail, to_metadata(error))
+        except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):
+            raise
+        except Exception:
+            log.exception("request failed", extra={"rpc": method})
+            await context.abort(grpc.StatusCode.INTERNAL, "internal error; see the service's log")
+
+
+class AuthInterceptor(grpc.aio.ServerInterceptor):
+    """Refuses every call without a valid token, but health."""
+
+    def __init__(self, authenticate: Authenticate) -> None:
+        self._authenticate = authenticate
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Handler:
+        handler: Handler = await continuation(details)
+        if details.method.startswith(PUBLIC_SERVICES):
+            return handler
+        metadata = dict(details.invocation_metadata or ())
+        # An unknown method is refused like a known one: no hint of what exists.
+        target = handler or grpc.unary_unary_rpc_method_handler(_no_such_method)
+        return _surround(target, lambda _: self._enter(metadata))
+
+    @asynccontextmanager
+    async def _enter(self, metadata: dict[str, str | bytes]) -> AsyncIterator[None]:
+        identity = await self._authenticate(read_bearer(metadata.get("authorization")))
+        token = _caller.set(identity)
+        try:
+            yield
+        finally:
+            _caller.reset(token)
+
+
+async def _no_such_method(_: Any, context: Context) -> Any:
+    await context.abort(grpc.StatusCode.UNIMPLEMENTED, "no such method")

@@ -1,0 +1,100 @@
+"""Short-lived signed tokens that the coordinator issues and the LLM service verifies by key.
+
+Ed25519: the LLM service holds the public key only, so that it can check tokens but not make any.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jwt
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fednano.wire.errors import Unauthenticated
+
+_ALGORITHM = "EdDSA"
+_AUDIENCE = "fednano-llm"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who is calling."""
+
+    name: str  # of the token on the coordinator, of the client on the LLM service
+    role: str  # admin, viewer or site
+    run: str = ""
+    token_id: str = ""
+
+
+class SessionSigner:
+    """Issues tokens; held by the coordinator."""
+
+    def __init__(self, private_pem: bytes, ttl_seconds: float = 900) -> None:
+        self._key = private_pem
+        self.ttl_seconds = ttl_seconds
+
+    def issue(self, identity: Identity) -> tuple[str, int]:
+        """A token for `identity` and the Unix time in milliseconds at which it expires."""
+        now = time.time()
+        expires = int(now + self.ttl_seconds)
+        claims = {
+            "sub": identity.name,
+            "role": identity.role,
+            "run": identity.run,
+            "aud": _AUDIENCE,
+            "iat": int(now),
+            "exp": expires,
+        }
+        return jwt.encode(claims, self._key, algorithm=_ALGORITHM), expires * 1000
+
+
+class SessionVerifier:
+    """Checks tokens; held by the LLM service."""
+
+    def __init__(self, public_pem: bytes) -> None:
+        self._key = public_pem
+
+    def verify(self, token: str) -> Identity:
+        """Raises Unauthenticated, saying no more than whether the token has expired."""
+        try:
+            claims = jwt.decode(
+                token,
+                self._key,
+                algorithms=[_ALGORITHM],
+                audience=_AUDIENCE,
+                options={"require": ["exp", "sub", "role", "run"]},
+            )
+        except jwt.ExpiredSignatureError:
+            raise Unauthenticated("the session token has expired") from None
+        except jwt.InvalidTokenError:
+            raise Unauthenticated from None
+        return Identity(name=claims["sub"], role=claims["role"], run=claims["run"])
+
+
+def make_keys() -> tuple[bytes, bytes]:
+    """A new private and public key, PEM."""
+    key = Ed25519PrivateKey.generate()
+    private = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    public = key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return private, public
+
+
+def write_keys(folder: Path) -> tuple[Path, Path]:
+    """Writes session.key (mode 0600) and session.pub into `folder`; keeps what is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    private_path, public_path = folder / "session.key", folder / "session.pub"
+    if not (private_path.exists() and public_path.exists()):
+        private, public = make_keys()
+        private_path.touch(mode=0o600)
+        private_path.write_bytes(private)
+        public_path.write_bytes(public)
+    return private_path, public_path
