@@ -1,0 +1,93 @@
+"""`fednano ask`: a question to the tuned model, through the same split as training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fednano.client.adapters import NanoAdapters
+from fednano.client.coordination import CoordinatorClient
+from fednano.client.datasets import open_image
+from fednano.client.edge import EdgeHalf
+from fednano.client.examples import Example
+from fednano.client.meter import Meter
+from fednano.client.remote import Caller, RemoteLanguageModel
+from fednano.client.replicas import Replicas
+from fednano.client.settings import ClientSettings
+from fednano.client.trainer import Trainer
+from fednano.models.checkpoint import HalfRecord, read_record
+from fednano.models.language_model import Sampling
+from fednano.wire import coordinator_pb2 as pb
+
+
+@dataclass(frozen=True)
+class Which:
+    """The adapters to answer with: none without a run; of a run the best, or those of a round."""
+
+    run: str = ""
+    round: int | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    text: str
+    images: tuple[Path, ...] = ()
+
+
+def answer(
+    settings: ClientSettings, question: Question, which: Which, sampling: Sampling
+) -> Iterator[str]:
+    """Pieces of the answer as the LLM produces them."""
+    settings.check()
+    tls = settings.client_tls()
+    coordinator = CoordinatorClient(
+        settings.coordinator,
+        settings.token.get_secret_value(),
+        settings.id,
+        tls,
+        retry_seconds=settings.retry_seconds,
+    )
+    replicas = Replicas(settings.llm, tls)
+    try:
+        token = coordinator.login()
+        record = read_record(settings.edge, "edge")
+        adapters = _adapters(coordinator, which, record)
+        caller = Caller(coordinator.header, lambda: token)
+        llm = RemoteLanguageModel(replicas, caller, Meter(), retry_seconds=settings.retry_seconds)
+        trainer = Trainer(EdgeHalf(settings.edge, llm), llm)
+        images = tuple(open_image(path) for path in question.images)
+        example = Example("question", images, question.text, "")
+        yield from _pieces(trainer, adapters, example, sampling)
+    finally:
+        replicas.close()
+        coordinator.close()
+
+
+def _adapters(coordinator: CoordinatorClient, which: Which, record: HalfRecord) -> NanoAdapters:
+    if not which.run:
+        nothing = np.zeros((1, record.hidden_size), np.float32)
+        return NanoAdapters.from_tensors({"text.down": nothing, "text.up": nothing.T.copy()}, 1.0)
+    request = pb.GetAdapterRequest(header=coordinator.header(), run=which.run)
+    if which.round is None:
+        request.best = True
+    else:
+        request.round = which.round
+    found = coordinator.adapter(request)
+    return NanoAdapters.from_tensors(found.tensors, found.scale)
+
+
+def _pieces(
+    trainer: Trainer, adapters: NanoAdapters, example: Example, sampling: Sampling
+) -> Iterator[str]:
+    """What each new token adds to the text; decoded from the start, as tokens are not whole words."""
+    ids: list[int] = []
+    shown = ""
+    for _, token in trainer.stream(adapters, [example], sampling):
+        ids.append(token)
+        text = trainer.edge.answer_text(ids)
+        if text.startswith(shown) and not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text

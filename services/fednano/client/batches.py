@@ -1,0 +1,70 @@
+"""Examples made ready for the LLM: token vectors before any adapter, what each is, and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from fednano.models.language_model import IGNORED, Modality, Segment, Sequences
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One example. `base` never changes, as everything before the adapters is frozen."""
+
+    base: torch.Tensor  # [tokens, hidden], before any adapter
+    segments: tuple[Segment, ...]
+    labels: torch.Tensor  # [tokens] int64; IGNORED but for the answer and its end token
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples packed one behind the other."""
+
+    base: torch.Tensor  # [tokens, hidden]
+    segments: tuple[tuple[Segment, ...], ...]
+    labels: torch.Tensor  # [tokens]
+
+    @classmethod
+    def of(cls, examples: Sequence[Prepared]) -> Batch:
+        return cls(
+            base=torch.cat([e.base for e in examples]),
+            segments=tuple(e.segments for e in examples),
+            labels=torch.cat([e.labels for e in examples]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.segments)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample."""
+        return [sum(s.length for s in sample) for sample in self.segments]
+
+    @cached_property
+    def sample_of(self) -> torch.Tensor:
+        """[tokens]: the sample that each token belongs to."""
+        return torch.repeat_interleave(torch.arange(len(self)), torch.tensor(self.lengths))
+
+    @cached_property
+    def label_counts(self) -> torch.Tensor:
+        """[samples] float32: labelled tokens of each sample."""
+        counts = torch.zeros(len(self))
+        return counts.index_add_(0, self.sample_of, (self.labels != IGNORED).float())
+
+    def rows(self, modality: Modality) -> torch.Tensor:
+        """Indices into the packed tokens of all that are of one modality."""
+        spans, offset = [], 0
+        for sample, length in zip(self.segments, self.lengths, strict=True):
+            for s in sample:
+                if s.modality is modality:
+                    spans.append(torch.arange(offset + s.start, offset + s.start + s.length))
+            offset += length
+        return torch.cat(spans) if spans else torch.empty(0, dtype=torch.long)
+
+    def sequences(self, hidden: torch.Tensor) -> Sequences:
+        """The batch as the LLM takes it: `hidden` [tokens, hidden] in place of `base`."""
+        return Sequences(hidden, self.segments)

@@ -1,0 +1,216 @@
+"""The coordinator as a client sees it: a session, tasks, adapters, submissions."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_delay,
+    wait_random_exponential,
+)
+
+from fednano.client.adapters import Tensors
+from fednano.client.meter import Meter
+from fednano.wire import codec
+from fednano.wire import coordinator_pb2 as pb
+from fednano.wire.channels import ClientTls, make_channel, translated
+from fednano.wire.coordinator_pb2_grpc import CoordinatorStub
+from fednano.wire.errors import RETRYABLE
+from fednano.wire.headers import make_header
+from fednano.wire.interceptors import bearer
+from fednano.wire.run_config import RunConfig
+from fednano.wire.tensor_pb2 import Header
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_ADAPTER_LIMIT = 1 << 34
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Named tensors as they came from the coordinator."""
+
+    tensors: Tensors
+    scale: float
+    digest: str
+    round: int
+
+
+@dataclass
+class Membership:
+    """A session in a run; its token for the LLM service is renewed while it lasts."""
+
+    run: str
+    session: str
+    config: RunConfig
+    llm_token: str
+    shard: int
+    of: int
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def renew(self, token: pb.LlmToken) -> None:
+        if token.token:
+            with self._lock:
+                self.llm_token = token.token
+
+    def token(self) -> str:
+        with self._lock:
+            return self.llm_token
+
+
+class CoordinatorClient:
+    """One client's calls. All of them are safe to repeat, and are repeated while the coordinator
+    can't be reached, for at most `retry_seconds`."""
+
+    def __init__(
+        self,
+        target: str,
+        token: str,
+        client: str,
+        tls: ClientTls | None = None,
+        meter: Meter | None = None,
+        retry_seconds: float = 300.0,
+    ) -> None:
+        self.client = client
+        self.meter = meter if meter is not None else Meter()
+        self._token = token
+        self._retry_seconds = retry_seconds
+        self._channel = make_channel(target, tls)
+        self._stub = CoordinatorStub(self._channel)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def header(self, member: Membership | None = None, task: object = None) -> Header:
+        """`task` is a TrainTask or EvaluateTask, where the call belongs to one."""
+        return make_header(
+            self.client,
+            run=member.run if member else "",
+            session=member.session if member else "",
+            round_number=getattr(task, "round", 0),
+            attempt=getattr(task, "attempt", 0),
+        )
+
+    def join(self, request: pb.JoinRequest) -> pb.JoinReply:
+        """A membership, or how long to wait before asking again."""
+        reply: pb.JoinReply = self._call(self._stub.Join, request)
+        return reply
+
+    def login(self) -> str:
+        """A run-less token for the LLM service."""
+        request = pb.LoginRequest(header=self.header())
+        token: str = self._call(self._stub.Login, request).llm_token.token
+        return token
+
+    def next_task(self, member: Membership, wait_ms: int) -> pb.NextTaskReply:
+        request = pb.NextTaskRequest(header=self.header(member), wait_ms=wait_ms)
+        timeout = wait_ms / 1000 + 30
+        reply: pb.NextTaskReply = self._call(self._stub.NextTask, request, timeout)
+        return reply
+
+    def heartbeat(
+        self, member: Membership, task: object, progress: float, doing: str
+    ) -> pb.HeartbeatReply:
+        """Tried once: the next one is due soon anyway."""
+        request = pb.HeartbeatRequest(
+            header=self.header(member, task), progress=progress, doing=doing
+        )
+        reply: pb.HeartbeatReply = self._once(self._stub.Heartbeat, request, 10)
+        member.renew(reply.llm_token)
+        return reply
+
+    def adapter(self, request: pb.GetAdapterRequest) -> Adapter:
+        """By digest, round, best or last."""
+
+        def call() -> Adapter:
+            with translated():
+                replies = self._stub.GetAdapter(request, **self._options(60))
+                head = next(replies).head
+                payload = codec.Payload(head.tensors, _ADAPTER_LIMIT)
+                for reply in replies:
+                    payload.feed(reply.chunk)
+            self.meter.add("received", "adapters", codec_size(head))
+            self.meter.add("received", "control", head.ByteSize())
+            arrays = {n: a.astype("<f4", copy=False) for n, a in payload.arrays().items()}
+            return Adapter(arrays, head.scale, head.digest, head.round)
+
+        return self._retried(call)
+
+    def submit(
+        self, head: pb.SubmitHead, tensors: Tensors, auxiliary: Tensors, seconds: float
+    ) -> pb.SubmitReply:
+        """Fills in `head`'s tensors, digest and costs, and sends everything.
+
+        `seconds` is the client's own work; the bytes of the submission itself are counted.
+        """
+        arrays = [tensors[name] for name in sorted(tensors)]
+        arrays += [auxiliary[name] for name in sorted(auxiliary)]
+        head.tensors.extend(codec.spec_of(name, tensors[name]) for name in sorted(tensors))
+        head.auxiliary.extend(codec.spec_of(name, auxiliary[name]) for name in sorted(auxiliary))
+        buffers = [codec.pack(array) for array in arrays]
+        digest = hashlib.sha256()
+        for buffer in buffers:
+            digest.update(buffer)
+        head.digest = digest.hexdigest()
+        self.meter.add("sent", "adapters", sum(map(len, buffers)))
+        self.meter.add("sent", "control", head.ByteSize())
+        head.costs.CopyFrom(self.meter.take(seconds))
+
+        def requests() -> Iterator[pb.SubmitRequest]:
+            yield pb.SubmitRequest(head=head)
+            for chunk in codec.chunked(buffers):
+                yield pb.SubmitRequest(chunk=chunk)
+
+        def call() -> pb.SubmitReply:
+            with translated():
+                reply: pb.SubmitReply = self._stub.Submit(requests(), **self._options(120))
+            return reply
+
+        return self._retried(call)
+
+    def submit_evaluation(self, request: pb.SubmitEvaluationRequest) -> pb.SubmitReply:
+        reply: pb.SubmitReply = self._call(self._stub.SubmitEvaluation, request)
+        return reply
+
+    def _call(self, method: Any, request: Any, timeout: float = 30) -> Any:
+        return self._retried(lambda: self._once(method, request, timeout))
+
+    def _once(self, method: Any, request: Any, timeout: float) -> Any:
+        self.meter.add("sent", "control", request.ByteSize())
+        with translated():
+            reply = method(request, **self._options(timeout))
+        self.meter.add("received", "control", reply.ByteSize())
+        return reply
+
+    def _retried(self, call: Callable[[], T]) -> T:
+        policy = Retrying(
+            retry=retry_if_exception_type(RETRYABLE),
+            stop=stop_after_delay(self._retry_seconds),
+            wait=wait_random_exponential(multiplier=0.1, max=5),
+            before_sleep=_note_failure,
+            reraise=True,
+        )
+        return policy(call)
+
+    def _options(self, timeout: float) -> dict[str, Any]:
+        return {"metadata": bearer(self._token), "timeout": timeout}
+
+
+def codec_size(head: pb.AdapterHead) -> int:
+    """Bytes of an adapter's tensors."""
+    return sum(codec.spec_size(spec) for spec in head.tensors)
+
+
+def _note_failure(state: RetryCallState) -> None:
+    error = state.outcome and state.outcome.exception()
+    extra = {"attempt_number": state.attempt_number, "reason": str(error)}
+    log.warning("the coordinator is asked again", extra=extra)

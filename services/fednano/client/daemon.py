@@ -1,0 +1,195 @@
+"""The client's life: join a run, do its tasks, join the next one."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from fednano import __version__
+from fednano.client.cache import FeatureCache
+from fednano.client.coordination import CoordinatorClient, Membership
+from fednano.client.datasets import JsonlDataset
+from fednano.client.edge import EdgeHalf
+from fednano.client.heartbeat import Heartbeat, TaskGivenUp
+from fednano.client.meter import Meter
+from fednano.client.remote import Caller, RemoteLanguageModel
+from fednano.client.replicas import Replicas
+from fednano.client.settings import ClientSettings
+from fednano.client.trainer import Trainer
+from fednano.client.worker import Worker
+from fednano.models.checkpoint import read_record
+from fednano.wire import coordinator_pb2 as pb
+from fednano.wire.errors import SessionEnded
+from fednano.wire.run_config import RunConfig
+from fednano.wire.tensor_pb2 import BF16, FP16, FP32, INT8, Header
+
+log = logging.getLogger(__name__)
+
+WIRE_DTYPES = {"fp32": FP32, "fp16": FP16, "bf16": BF16, "int8": INT8}
+_POLL_MS = 20_000
+_FENCED_TWICE_SECONDS = 60.0
+
+
+class Stopped(BaseException):
+    """A signal asked this process to end; BaseException, so that nothing takes it for a failure."""
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped(signal.Signals(number).name)
+
+
+@dataclass
+class Client:
+    """One client process."""
+
+    settings: ClientSettings
+    coordinator: CoordinatorClient
+    replicas: Replicas
+    meter: Meter
+    _own_data: JsonlDataset | None
+    _task: object = None
+    _edge: EdgeHalf | None = field(default=None, repr=False)
+
+    @classmethod
+    def connect(cls, settings: ClientSettings) -> Client:
+        """Nothing is dialled yet. Raises InvalidRequest for settings that can't work."""
+        settings.check()
+        meter, tls = Meter(), settings.client_tls()
+        coordinator = CoordinatorClient(
+            settings.coordinator,
+            settings.token.get_secret_value(),
+            settings.id,
+            tls,
+            meter,
+            settings.retry_seconds,
+        )
+        data = JsonlDataset.read(settings.data) if settings.data else None
+        return cls(settings, coordinator, Replicas(settings.llm, tls), meter, data)
+
+    def close(self) -> None:
+        self.replicas.close()
+        self.coordinator.close()
+
+    def run(self) -> int:
+        """Until a signal comes; with `once`, until a run has ended: 0 if it finished, else 1."""
+        fenced_at = float("-inf")
+        while True:
+            try:
+                state = self._serve(self._join())
+            except SessionEnded as error:
+                if time.monotonic() - fenced_at < _FENCED_TWICE_SECONDS:
+                    log.error("another process runs under this client id", extra=self._who())
+                    return 1
+                fenced_at = time.monotonic()
+                log.warning("session ended, joining again", extra={"reason": str(error)})
+                continue
+            if self.settings.once:
+                return 0 if state == "finished" else 1
+
+    def _who(self) -> dict[str, object]:
+        return {"client": self.settings.id}
+
+    def _join(self) -> Membership:
+        """Asks until a run wants this client."""
+        record = read_record(self.settings.edge, "edge")
+        role = pb.EVALUATOR if self.settings.role == "evaluator" else pb.TRAINER
+        waiting_for = ""
+        while True:
+            header = self.coordinator.header()
+            header.run = self.settings.run
+            reply = self.coordinator.join(
+                pb.JoinRequest(
+                    header=header,
+                    role=role,
+                    samples=len(self._own_data) if self._own_data else 0,
+                    fingerprint=record.fingerprint,
+                    hidden_size=record.hidden_size,
+                    version=__version__,
+                )
+            )
+            if reply.WhichOneof("outcome") == "member":
+                return self._member(reply.member)
+            if reply.wait.reason != waiting_for:
+                waiting_for = reply.wait.reason
+                log.info("waiting for a run", extra={**self._who(), "reason": waiting_for})
+            time.sleep(reply.wait.retry_after_ms / 1000)
+
+    def _member(self, reply: pb.Membership) -> Membership:
+        config = RunConfig.model_validate_json(reply.config_json)
+        log.info("joined", extra={**self._who(), "run": reply.run})
+        return Membership(
+            reply.run, reply.session, config, reply.llm_token.token, reply.shard, reply.of
+        )
+
+    def _serve(self, member: Membership) -> str:
+        """Does a run's tasks; returns the state in which the run ended."""
+        heartbeat = Heartbeat(self.coordinator, member, self.settings.heartbeat_seconds)
+        llm = RemoteLanguageModel(
+            self.replicas,
+            Caller(lambda: self._llm_header(member), member.token),
+            self.meter,
+            WIRE_DTYPES[member.config.training.wire_dtype],
+            self.settings.retry_seconds,
+        )
+        worker = Worker(
+            self.coordinator,
+            member,
+            Trainer(self._edge_half(llm), llm),
+            heartbeat,
+            self._own_data,
+            self.settings.role == "evaluator",
+        )
+        with heartbeat:
+            while True:
+                heartbeat.check()
+                reply = self.coordinator.next_task(member, _POLL_MS)
+                match reply.WhichOneof("task"):
+                    case "finished":
+                        state = reply.finished.run_state
+                        extra = {**self._who(), "run": member.run, "state": state}
+                        log.info("run ended", extra=extra)
+                        return state
+                    case "train":
+                        self._do(worker.train, reply.train)
+                    case "evaluate":
+                        self._do(worker.evaluate, reply.evaluate)
+
+    def _do(self, work: Callable[[Any], None], task: Any) -> None:
+        self._task = task
+        try:
+            work(task)
+        except TaskGivenUp as error:
+            log.info("task given up", extra={**self._who(), "reason": str(error)})
+        finally:
+            self._task = None
+
+    def _llm_header(self, member: Membership) -> Header:
+        return self.coordinator.header(member, self._task)
+
+    def _edge_half(self, llm: RemoteLanguageModel) -> EdgeHalf:
+        """Loaded once; a later run of the same model finds encoded images still in memory."""
+        if self._edge is None:
+            record = read_record(self.settings.edge, "edge")
+            cache = FeatureCache(record.fingerprint, self.settings.cache_dir)
+            self._edge = EdgeHalf(self.settings.edge, llm, cache)
+        return self._edge
+
+
+def run(settings: ClientSettings) -> int:
+    """The process: returns its exit status. A signal ends it at once; the coordinator notices."""
+    settings.set_threads()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    client = Client.connect(settings)
+    try:
+        return client.run()
+    except Stopped as signalled:
+        log.info("stopped", extra={"client": settings.id, "signal": str(signalled)})
+        return 0
+    finally:
+        client.close()

@@ -1,0 +1,78 @@
+"""Tells the coordinator, from a thread of its own, that this client lives and how far it is."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from types import TracebackType
+
+from fednano.client.coordination import CoordinatorClient, Membership
+from fednano.wire.errors import RETRYABLE, FedNanoError
+
+log = logging.getLogger(__name__)
+
+
+class TaskGivenUp(Exception):
+    """The coordinator no longer wants the result of the current task."""
+
+
+class Heartbeat:
+    """A context manager around the work on a run.
+
+    The work reports through `progress` and learns there that it should stop.
+    """
+
+    def __init__(self, coordinator: CoordinatorClient, member: Membership, seconds: float) -> None:
+        self._coordinator = coordinator
+        self._member = member
+        self._seconds = seconds
+        self._over = threading.Event()
+        self._task: object = None
+        self._doing, self._share = "waiting", 0.0
+        self._given_up = ""
+        self._failure: FedNanoError | None = None
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._over.set()
+
+    def begin(self, task: object, doing: str) -> None:
+        """A task starts; `doing` is a word or two for people."""
+        self._task, self._doing, self._share, self._given_up = task, doing, 0.0, ""
+
+    def end(self) -> None:
+        self.begin(None, "waiting")
+
+    def progress(self, share: float) -> None:
+        """Raises TaskGivenUp, or the error that ended the session."""
+        self._share = share
+        self.check()
+
+    def check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self._given_up:
+            raise TaskGivenUp(self._given_up)
+
+    def _beat(self) -> None:
+        while not self._over.wait(self._seconds):
+            task = self._task
+            try:
+                reply = self._coordinator.heartbeat(self._member, task, self._share, self._doing)
+            except RETRYABLE as error:
+                log.warning("heartbeat not delivered", extra={"reason": str(error)})
+                continue
+            except FedNanoError as error:
+                self._failure = error
+                return
+            if reply.stop and task is not None and task is self._task:
+                self._given_up = reply.reason or "the coordinator said stop"

@@ -1,0 +1,188 @@
+"""A client's work in a round: the split training loop, the Fisher estimate, and evaluation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fednano.client.adapters import NanoAdapters, Tensors
+from fednano.client.batches import Batch
+from fednano.client.edge import EdgeHalf, NanoEdge
+from fednano.client.examples import Example
+from fednano.client.fisher import FisherEstimate
+from fednano.client.losses import client_side_step
+from fednano.models.language_model import LanguageModel, Modality, Sampling, StepResult
+from fednano.wire.run_config import TrainingConfig
+
+FisherMode = Literal["none", "last-epoch", "extra-pass"]
+Epochs = Callable[[int], Sequence[Example]]
+"""The examples of local epoch e, in the order in which they are trained on."""
+Progress = Callable[[float], None]
+"""Told the share that is done, 0 to 1; may raise to give the task up."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a client uploads after a round."""
+
+    adapter: Tensors
+    fisher: Tensors  # "fisher.image.down" ...; empty where none was asked for
+    samples: int
+    loss: float  # mean over the last epoch's samples, of the mean over labelled tokens
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """`accuracy` is exact match of greedily generated answers."""
+
+    accuracy: float
+    loss: float  # mean over samples of the mean over labelled tokens, teacher-forced
+    samples: int
+    by_kind: dict[str, float]  # accuracy of each kind of question
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Trains adapters for one client against a frozen LLM, wherever that runs."""
+
+    edge: EdgeHalf
+    llm: LanguageModel
+
+    def train(
+        self,
+        adapters: NanoAdapters,
+        epochs: Epochs,
+        settings: TrainingConfig,
+        fisher: FisherMode = "none",
+        progress: Progress = lambda share: None,
+    ) -> TrainResult:
+        """Local epochs of AdamW from `adapters`, which are changed in place.
+
+        The optimiser's state is fresh in every round.
+        """
+        start = time.perf_counter()
+        optimizer = torch.optim.AdamW(
+            adapters.parameters(), settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        nano, estimate = NanoEdge(adapters), FisherEstimate(adapters)
+        passes = settings.epochs + (fisher == "extra-pass")
+        losses: list[float] = []
+        examples: Sequence[Example] = ()
+        for number in range(passes):
+            learning = number < settings.epochs
+            if learning:
+                examples, losses = epochs(number), []
+            batches = _batches(examples, settings.batch_size)
+            for index, chosen in enumerate(batches):
+                progress((number + index / len(batches)) / passes)
+                batch = Batch.of([self.edge.prepare(example) for example in chosen])
+                last = number == passes - 1 and fisher != "none"
+                loss = self._step(
+                    nano, batch, optimizer if learning else None, settings, last and estimate
+                )
+                losses += loss if learning else []
+        return TrainResult(
+            adapter=adapters.to_tensors(),
+            fisher=estimate.mean() if fisher != "none" else {},
+            samples=len(examples),
+            loss=sum(losses) / len(losses),
+            seconds=time.perf_counter() - start,
+        )
+
+    def _step(
+        self,
+        nano: NanoEdge,
+        batch: Batch,
+        optimizer: torch.optim.Optimizer | None,
+        settings: TrainingConfig,
+        estimate: FisherEstimate | Literal[False],
+    ) -> list[float]:
+        """One split step; returns each sample's mean loss over its labelled tokens."""
+        hidden = nano(batch)  # [tokens, hidden], adapters applied
+        weights = 1 / (batch.label_counts * len(batch))  # the batch's loss is a mean of means
+        reply = self._loss_and_gradient(batch, hidden.detach(), weights, settings.loss)
+        if estimate:
+            estimate.add(batch, reply.gradient, weights)
+        if optimizer is not None:
+            optimizer.zero_grad()
+            hidden.backward(reply.gradient)
+            if settings.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(nano.parameters(), settings.max_grad_norm)
+            optimizer.step()
+        means: list[float] = (reply.loss_sums / reply.token_counts).tolist()
+        return means
+
+    def _loss_and_gradient(
+        self, batch: Batch, hidden: torch.Tensor, weights: torch.Tensor, side: str
+    ) -> StepResult:
+        sequences = batch.sequences(hidden)
+        if side == "client":
+            return client_side_step(self.llm, sequences, batch.labels, weights)
+        return self.llm.step(sequences, batch.labels, weights)
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        adapters: NanoAdapters,
+        examples: Sequence[Example],
+        max_new_tokens: int = 8,
+        batch_size: int = 64,
+        progress: Progress = lambda share: None,
+    ) -> EvaluationResult:
+        """Exact match of generated answers, and the loss of the wanted ones."""
+        hits: list[tuple[str, bool]] = []
+        losses: list[float] = []
+        nano = NanoEdge(adapters)
+        for index, chosen in enumerate(batches := _batches(examples, batch_size)):
+            progress(index / len(batches))
+            scored = Batch.of([self.edge.prepare(example) for example in chosen])
+            score = self.llm.score(scored.sequences(nano(scored)), scored.labels)
+            losses += (score.loss_sums / score.token_counts).tolist()
+            answers = self.answers(adapters, chosen, Sampling(max_new_tokens))
+            for example, answer in zip(chosen, answers, strict=True):
+                hits.append((example.kind, _same(answer, example.answer)))
+        kinds = sorted({kind for kind, _ in hits if kind})
+        return EvaluationResult(
+            accuracy=_mean([hit for _, hit in hits]),
+            loss=_mean(losses),
+            samples=len(hits),
+            by_kind={k: _mean([hit for kind, hit in hits if kind == k]) for k in kinds},
+        )
+
+    def answers(
+        self, adapters: NanoAdapters, examples: Sequence[Example], sampling: Sampling
+    ) -> list[str]:
+        """What the model answers to each example's question."""
+        ids: list[list[int]] = [[] for _ in examples]
+        for sample, token in self.stream(adapters, examples, sampling):
+            ids[sample].append(token)
+        return [self.edge.answer_text(tokens) for tokens in ids]
+
+    @torch.no_grad()
+    def stream(
+        self, adapters: NanoAdapters, examples: Sequence[Example], sampling: Sampling
+    ) -> Iterator[tuple[int, int]]:
+        """(sample, token) as the LLM produces them."""
+        batch = Batch.of([self.edge.prepare(e, with_answer=False) for e in examples])
+        text = adapters.of(Modality.TEXT)
+        sequences = batch.sequences(NanoEdge(adapters)(batch))
+        for tokens in self.llm.generate(sequences, sampling, text.low_rank() if text else None):
+            for token in tokens:
+                yield token.sample, token.id
+
+
+def _batches(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
+    return [examples[start : start + size] for start in range(0, len(examples), size)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _same(answer: str, wanted: str) -> bool:
+    return answer.strip().casefold() == wanted.strip().casefold()
