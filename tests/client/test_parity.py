@@ -19,7 +19,7 @@ from fednano.models.language_model import IGNORED, Modality, Sampling
 from torch.nn.functional import cross_entropy
 from transformers import LlavaForConditionalGeneration
 
-from tests.client.conftest import no_adapters
+from tests.tiny import no_adapters
 
 
 @contextmanager

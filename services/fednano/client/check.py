@@ -64,7 +64,7 @@ class Check:
     report: Report = field(default_factory=Report)
 
     def run(self, rank: int = _RANK) -> Report:
-        self._try("settings", lambda: (self.settings.check(), "addresses and TLS settings fit")[1])
+        self._try("settings", self._settings)
         record = self._try("edge half", self._edge_record)
         examples = self._try("data", self._examples)
         self._try("disk", self._disk)
@@ -84,6 +84,10 @@ class Check:
         detail = found if isinstance(found, str) else getattr(found, "detail", "ok")
         self.report.findings.append(Finding(name, True, detail))
         return found
+
+    def _settings(self) -> str:
+        self.settings.check()
+        return "addresses and TLS settings fit together"
 
     def _edge_record(self) -> Found:
         record = read_record(self.settings.edge, "edge")

@@ -9,8 +9,10 @@ Because a_m(x) = x + s B A x is linear it moves into the layer before it, exactl
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -73,7 +75,10 @@ def export_peft(model_dir: Path, adapters: dict[str, LowRank], out: Path, origin
     stock = AutoModelForImageTextToText.from_pretrained(
         model_dir, dtype=torch.float32, local_files_only=True
     )
-    peft = get_peft_model(stock, _lora_config({targets[m]: a for m, a in adapters.items()}))
+    with warnings.catch_warnings():
+        # Tied embeddings matter when merging; the README that is written says what to do then.
+        warnings.filterwarnings("ignore", message=".*ensure_weight_tying.*")
+        peft = get_peft_model(stock, _lora_config({targets[m]: a for m, a in adapters.items()}))
     layers = {
         target: module
         for name, module in peft.named_modules()
@@ -84,7 +89,7 @@ def export_peft(model_dir: Path, adapters: dict[str, LowRank], out: Path, origin
         _into_linear(layers[targets["image"]], adapters["image"])
     if "text" in adapters:
         _into_embedding(layers[targets["text"]], adapters["text"])
-    peft.save_pretrained(out, save_embedding_layers=False)
+    peft.save_pretrained(str(out), save_embedding_layers=False)
     (out / "README.md").write_text(
         _README.format(
             base=str(model_dir.name),
@@ -97,7 +102,8 @@ def export_peft(model_dir: Path, adapters: dict[str, LowRank], out: Path, origin
 
 def _lora_config(adapters: dict[str, LowRank]) -> LoraConfig:
     ranks = {target: adapter.down.shape[0] for target, adapter in adapters.items()}
-    alphas = {target: adapter.scale * ranks[target] for target, adapter in adapters.items()}
+    # PEFT scales by alpha / r; its annotation says int, any number works.
+    alphas: dict[str, Any] = {t: adapter.scale * ranks[t] for t, adapter in adapters.items()}
     first = next(iter(adapters))
     return LoraConfig(
         r=ranks[first],
@@ -111,7 +117,7 @@ def _lora_config(adapters: dict[str, LowRank]) -> LoraConfig:
 
 
 @torch.no_grad()
-def _into_linear(layer: LoraLayer, adapter: LowRank) -> None:
+def _into_linear(layer: Any, adapter: LowRank) -> None:
     linear = layer.get_base_layer()
     layer.lora_A["default"].weight.copy_(adapter.down @ linear.weight)
     layer.lora_B["default"].weight.copy_(adapter.up)
@@ -120,7 +126,7 @@ def _into_linear(layer: LoraLayer, adapter: LowRank) -> None:
 
 
 @torch.no_grad()
-def _into_embedding(layer: LoraLayer, adapter: LowRank) -> None:
+def _into_embedding(layer: Any, adapter: LowRank) -> None:
     table = layer.get_base_layer().weight  # [vocabulary, hidden]
     layer.lora_embedding_A["default"].copy_(adapter.down @ table.T)
     layer.lora_embedding_B["default"].copy_(adapter.up)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -54,9 +55,10 @@ class LlavaFront(torch.nn.Module):
 def _without_llm(config: LlavaConfig) -> LlavaConfig:
     """The same configuration with an LLM that costs nothing to build."""
     small = copy.deepcopy(config)
-    small.text_config.num_hidden_layers = 0
-    small.text_config.vocab_size = 2
-    small.text_config.pad_token_id = None
+    text: Any = small.text_config
+    text.num_hidden_layers = 0
+    text.vocab_size = 2
+    text.pad_token_id = None
     return small
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from fednano.models import llava
 from fednano.models.checkpoint import HalfRecord, fingerprint
@@ -34,6 +36,7 @@ def split(model_dir: Path, out: Path, with_embeddings: bool = False) -> SplitRep
     the LLM's embedding table. Raises InvalidRequest for a family that is not known, a directory
     that is no checkpoint, or an `out` that holds something else.
     """
+    disable_progress_bar()
     digest = fingerprint(model_dir)
     config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
     if config.model_type not in FAMILIES:
@@ -77,7 +80,8 @@ class _Whole:
         _copy_processor(source, out)
         tensors = list(weights.values())
         if with_embeddings:
-            table = self.model.get_input_embeddings().weight.detach().contiguous()
+            layer: Any = self.model.get_input_embeddings()
+            table = layer.weight.detach().contiguous()
             save_file({"embeddings": table}, out / EMBEDDINGS)
             tensors.append(table)
         loader = "fednano.client.edge.EdgeHalf"
@@ -108,6 +112,10 @@ class _Whole:
             embeddings=embeddings,
         )
         record.write(out)
+        for (
+            path
+        ) in out.iterdir():  # weights are written for their owner alone; others may serve them
+            path.chmod(path.stat().st_mode | 0o044)
         return record
 
 

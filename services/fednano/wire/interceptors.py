@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -59,15 +60,17 @@ def _surround(handler: Handler, around: Around) -> Handler:
             return await inner(request, context)
 
     async def replies(request: Any, context: Context) -> AsyncIterator[Any]:
-        async with around(context):
-            async for message in inner(request, context):
+        # The inner generator is closed with the call, so that one who hangs up is noticed at once.
+        async with around(context), aclosing(inner(request, context)) as messages:
+            async for message in messages:
                 yield message
 
     kind = ("stream" if handler.request_streaming else "unary") + (
         "_stream" if handler.response_streaming else "_unary"
     )
     make = getattr(grpc, f"{kind}_rpc_method_handler")
-    outer = replies if handler.response_streaming else reply
+    # A streaming method may also be a coroutine that writes to the context (health's Watch).
+    outer = replies if inspect.isasyncgenfunction(inner) else reply
     made: Handler = make(
         outer,
         request_deserializer=handler.request_deserializer,
@@ -117,11 +120,8 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
     @asynccontextmanager
     async def _enter(self, metadata: dict[str, str | bytes]) -> AsyncIterator[None]:
         identity = await self._authenticate(read_bearer(metadata.get("authorization")))
-        token = _caller.set(identity)
-        try:
-            yield
-        finally:
-            _caller.reset(token)
+        _caller.set(identity)  # of this call's own task, so there is nothing to put back
+        yield
 
 
 async def _no_such_method(_: Any, context: Context) -> Any:

@@ -39,6 +39,8 @@ def pack(tensor: torch.Tensor, dtype: DType) -> codec.Buffer:
     """The wire bytes of a floating tensor as `dtype`."""
     if dtype == INT8:
         return codec.pack(tensor.detach().float().cpu().numpy(), INT8)
+    if not tensor.numel():
+        return b""
     plain = tensor.detach().to("cpu", _TORCH[dtype]).contiguous()
     return plain.flatten().view(torch.uint8).numpy().data
 

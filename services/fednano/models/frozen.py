@@ -1,0 +1,284 @@
+"""The frozen LLM in this process: the engine of the LLM service, and the client's reference.
+
+Everything goes through the stock forward with `inputs_embeds`, so that families which scale
+embeddings or soft-cap logits are right by construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from fednano.models import checkpoint
+from fednano.models.activations import Activation, Activations
+from fednano.models.generation import Plan, generate
+from fednano.models.language_model import (
+    ForwardResult,
+    LowRank,
+    NewToken,
+    Sampling,
+    ScoreResult,
+    Sequences,
+    StepResult,
+)
+from fednano.models.padding import Padding, Predictions
+from fednano.wire.errors import InvalidRequest, UnknownActivation
+
+DeviceName = Literal["auto", "cpu", "cuda"]
+DTypeName = Literal["auto", "fp32", "bf16", "fp16"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_UNBOUNDED = 1 << 20
+
+
+class FrozenLLM:
+    """A causal LM without a single trainable weight: embeddings in; losses, gradients, tokens out.
+
+    One thread at a time may use it. Results lie on the device of the values that were sent;
+    gradients have the model's dtype. The same request gives the same bytes.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        fingerprint: str,
+        name: str = "",
+        activations: Activations | None = None,
+    ) -> None:
+        self._model = model.eval().requires_grad_(False)
+        self._fingerprint = fingerprint
+        self.name = name or model.config.model_type
+        if activations is None:
+            activations = Activations("local", tokens=1 << 16, seconds=600)
+        self.activations = activations
+
+    @classmethod
+    def load(
+        cls,
+        directory: Path,
+        device: DeviceName = "auto",
+        dtype: DTypeName = "auto",
+        fingerprint: str | None = None,
+        activations: Activations | None = None,
+    ) -> FrozenLLM:
+        """The causal LM in `directory`: the half that `fednano split` wrote, or a stock checkpoint.
+
+        `fingerprint` replaces the recorded one; a stock checkpoint's is computed. Raises
+        InvalidRequest where there is no such model, or no such device.
+        """
+        name, found = directory.resolve().name, fingerprint
+        if (directory / checkpoint.RECORD).is_file():
+            record = checkpoint.read_record(directory, "llm")
+            name, found = record.name, fingerprint or record.fingerprint
+        place = pick_device(device)
+        found = found or checkpoint.fingerprint(directory)
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                directory, local_files_only=True, dtype=pick_dtype(dtype, place)
+            )
+        except (OSError, ValueError) as error:
+            raise InvalidRequest.of("model", "a causal language model", error) from error
+        return cls(model.to(place), found, name, activations)
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self._model.get_input_embeddings().embedding_dim)
+
+    @property
+    def vocabulary(self) -> int:
+        """Width of the logits."""
+        return int(self._model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of the embedding table."""
+        return int(self._model.get_input_embeddings().num_embeddings)
+
+    @property
+    def parameters(self) -> int:
+        return int(self._model.num_parameters())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self._model.dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self._model.device
+        return device
+
+    @property
+    def max_positions(self) -> int:
+        """Tokens of the longest sequence that the model was made for."""
+        config = self._model.config.get_text_config()
+        return int(getattr(config, "max_position_embeddings", None) or _UNBOUNDED)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The model's own end tokens."""
+        for config in (self._model.generation_config, self._model.config.get_text_config()):
+            ids = getattr(config, "eos_token_id", None)
+            if ids is not None:
+                return (ids,) if isinstance(ids, int) else tuple(ids)
+        return ()
+
+    @torch.no_grad()
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids [tokens] to what the model feeds itself for them [tokens, hidden].
+
+        That is the embedding table's row, scaled where the family does so.
+        """
+        vectors: torch.Tensor = self._model.get_input_embeddings()(ids.to(self.device))
+        return vectors.to(ids.device)
+
+    def step(self, sequences: Sequences, labels: torch.Tensor, weights: torch.Tensor) -> StepResult:
+        """Loss and gradient in one go: one forward, one backward, to the inputs only."""
+        padding = self._padding(sequences)
+        values = self._leaf(sequences)
+        predictions = padding.predictions(labels)
+        with torch.enable_grad():
+            losses, _ = self._losses(values, padding, predictions)
+            sums = predictions.sums(losses)
+            total = sums @ weights.to(sums)
+            gradient = _gradient(total, values)
+        home = sequences.values.device
+        return StepResult(sums.detach().to(home), _counts(predictions).to(home), gradient.to(home))
+
+    @torch.inference_mode()
+    def score(self, sequences: Sequences, labels: torch.Tensor) -> ScoreResult:
+        """Loss and teacher-forced hits, no gradient."""
+        padding = self._padding(sequences)
+        predictions = padding.predictions(labels)
+        losses, logits = self._losses(self._placed(sequences), padding, predictions)
+        hits = predictions.sums((logits.argmax(dim=-1) == predictions.targets).int())
+        home = sequences.values.device
+        return ScoreResult(
+            predictions.sums(losses).to(home), _counts(predictions).to(home), hits.int().to(home)
+        )
+
+    def forward(
+        self, sequences: Sequences, positions: torch.Tensor, keep: bool = True
+    ) -> ForwardResult:
+        """Logits at `positions` [wanted]; `keep` holds the graph for `backward`."""
+        home = sequences.values.device
+        if not keep:
+            with torch.no_grad():
+                logits = self._logits(self._placed(sequences), self._padding(sequences), positions)
+            return ForwardResult("", logits.to(home))
+        activation = self._activation(sequences, positions)
+        name = self.activations.put(activation)
+        return ForwardResult(name, activation.logits.detach().to(home))
+
+    def backward(
+        self,
+        activation: str,
+        logits_gradient: torch.Tensor,
+        sequences: Sequences | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The gradient [tokens, hidden] for `logits_gradient` [wanted, vocabulary].
+
+        An activation serves once. Where it is gone it is computed again from `sequences` and
+        `positions`; without them, raises UnknownActivation. Raises InvalidRequest for another shape
+        than that of the logits.
+        """
+        kept = self.activations.get(activation)
+        if kept is None:
+            if sequences is None or positions is None:
+                raise UnknownActivation("the activation is gone; send the embeddings again")
+            kept = self._activation(sequences, positions)
+        if kept.logits.shape != logits_gradient.shape:
+            raise InvalidRequest.of(
+                "logits_gradient", list(kept.logits.shape), list(logits_gradient.shape)
+            )
+        self.activations.drop(activation)
+        gradient = _gradient(kept.logits, kept.values, logits_gradient.to(kept.logits))
+        return gradient.to(logits_gradient.device)
+
+    def generate(
+        self, sequences: Sequences, sampling: Sampling, text_adapter: LowRank | None = None
+    ) -> Iterator[list[NewToken]]:
+        """Tokens as they are known; see `models.generation`."""
+        if text_adapter is not None:
+            text_adapter = LowRank(
+                text_adapter.down.to(self.device, torch.float32),
+                text_adapter.up.to(self.device, torch.float32),
+                text_adapter.scale,
+            )
+        plan = Plan(sampling, self.stop_ids, self.max_positions, text_adapter)
+        return generate(self._model, self._placed(sequences), self._padding(sequences), plan)
+
+    def _padding(self, sequences: Sequences) -> Padding:
+        return Padding.of(sequences.lengths, self.device)
+
+    def _placed(self, sequences: Sequences) -> torch.Tensor:
+        return sequences.values.detach().to(self.device, self.dtype)
+
+    def _leaf(self, sequences: Sequences) -> torch.Tensor:
+        return self._placed(sequences).requires_grad_()
+
+    def _activation(self, sequences: Sequences, positions: torch.Tensor) -> Activation:
+        values = self._leaf(sequences)
+        with torch.enable_grad():
+            return Activation(values, self._logits(values, self._padding(sequences), positions))
+
+    def _losses(
+        self, values: torch.Tensor, padding: Padding, predictions: Predictions
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of each labelled token [labelled] and the logits behind it."""
+        logits = self._logits(values, padding, predictions.positions)
+        return cross_entropy(logits, predictions.targets, reduction="none"), logits
+
+    def _logits(
+        self, values: torch.Tensor, padding: Padding, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits [wanted, vocabulary] float32 at packed `positions`, and nowhere else."""
+        positions = positions.to(self.device, torch.long)
+        columns, column = padding.columns[positions].unique(return_inverse=True)
+        output: Any = self._model(
+            inputs_embeds=padding.pad(values),
+            attention_mask=padding.mask,
+            position_ids=padding.position_ids,
+            use_cache=False,
+            logits_to_keep=columns,
+        )
+        logits: torch.Tensor = output.logits[padding.rows[positions], column]
+        return logits.float()
+
+
+def pick_device(name: DeviceName) -> torch.device:
+    """Raises InvalidRequest where a GPU is asked for and there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InvalidRequest.of("device", "a CUDA device that torch can use", "none")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def pick_dtype(name: DTypeName, device: torch.device) -> torch.dtype:
+    """auto: fp32 on a CPU; on a GPU bf16, or fp16 where it can't do that."""
+    if name != "auto":
+        return _DTYPES[name]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def _counts(predictions: Predictions) -> torch.Tensor:
+    return torch.tensor(predictions.counts, dtype=torch.int32)
+
+
+def _gradient(
+    output: torch.Tensor, values: torch.Tensor, direction: torch.Tensor | None = None
+) -> torch.Tensor:
+    (gradient,) = torch.autograd.grad(output, values, direction)
+    return gradient

@@ -1,0 +1,92 @@
+"""Private data: the digits in shards, and JSONL files with errors that name the line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from fednano.client.datasets import DigitsShard, JsonlDataset, digits_test
+from fednano.wire.errors import InvalidRequest
+from fednano.wire.run_config import DataConfig
+from PIL import Image
+
+CONFIG = DataConfig(partition="dirichlet:0.5")
+
+
+def write(path: Path, lines: list[object]) -> Path:
+    text = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    path.write_text("\n".join(text) + "\n")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    return tmp_path
+
+
+def test_shards_are_disjoint_and_hold_everything() -> None:
+    shards = [DigitsShard.deal(CONFIG, 3, i, 4) for i in range(4)]
+    ids = [d.id for s in shards for d in (*s.training, *s.kept)]
+    assert len(ids) == len(set(ids)) == 1077
+
+
+def test_what_is_held_back_is_never_trained_on() -> None:
+    shard = DigitsShard.deal(CONFIG, 0, 1, 4)
+    trained = {e.id.rsplit("-", 1)[0] for r in range(9) for e in shard.epoch(0, r, 0, "c")}
+    assert not trained & {e.id.rsplit("-", 1)[0] for e in shard.held_back()}
+
+
+def test_an_epoch_is_a_function_of_seed_round_and_client() -> None:
+    shard = DigitsShard.deal(CONFIG, 0, 1, 4)
+    first, again, other = (shard.epoch(0, r, 0, "c") for r in (1, 1, 2))
+    assert [e.id for e in first] == [e.id for e in again]
+    assert [e.id for e in first] != [e.id for e in other]
+
+
+def test_a_limit_keeps_a_shard_small() -> None:
+    shard = DigitsShard.deal(CONFIG.model_copy(update={"limit": 20}), 0, 0, 4)
+    assert len(shard.training) + len(shard.kept) == 20
+    assert len(digits_test(limit=5)) == 15
+
+
+def test_a_jsonl_file_becomes_examples(folder: Path) -> None:
+    lines = [{"image": "a.png", "question": f"Q{i}?", "answer": "yes"} for i in range(10)]
+    data = JsonlDataset.read(write(folder / "d.jsonl", lines))
+    assert len(data) == 8
+    assert {e.question for e in data.everything()} == {f"Q{i}?" for i in range(10)}
+    assert data.epoch(0, 1, 0, "c")[0].images[0].mode == "RGB"
+
+
+def test_text_alone_and_several_images_are_fine(folder: Path) -> None:
+    lines = [
+        {"question": "Q?", "answer": "A"},
+        {"images": ["a.png", "a.png"], "question": "Q?", "answer": "A", "id": "two"},
+    ]
+    found = JsonlDataset.read(write(folder / "d.jsonl", lines)).everything()
+    assert sorted(len(e.images) for e in found) == [0, 2]
+
+
+def test_every_bad_line_is_named(folder: Path) -> None:
+    (folder / "no.png").write_text("not an image")
+    good = {"image": "a.png", "question": "Q?", "answer": "A"}
+    lines = [
+        good,
+        "{broken",
+        {**good, "answer": ""},
+        {**good, "image": "gone.png"},
+        {**good, "image": "no.png"},
+        {**good, "colour": "red"},
+        {**good, "images": ["a.png"]},
+    ]
+    with pytest.raises(InvalidRequest) as caught:
+        JsonlDataset.read(write(folder / "d.jsonl", lines))
+    where = [problem.field.split()[0] for problem in caught.value.problems]
+    assert where == [f"d.jsonl:{n}" for n in range(2, 8)]
+    assert "d.jsonl:4 image: expected an image, got" in str(caught.value)
+
+
+def test_a_missing_file_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"gone\.jsonl.*No such file"):
+        JsonlDataset.read(tmp_path / "gone.jsonl")
