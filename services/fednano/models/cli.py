@@ -101,13 +101,10 @@ def export_command(
 
     token = token_file.read_text().strip() if token_file else None
     flags = {"url": url, "token": token, "ca": ca, "insecure": insecure or None}
-    client = RestClient(RestSettings.load(flags))
-    try:
+    with RestClient(RestSettings.load(flags)) as client:
         record = client.get(run_path(run))
         number = _chosen_round(record, round_number)
         body = client.download(f"{run_path(run)}/rounds/{number}/adapter")
-    finally:
-        client.close()
     _check_model(model, record)
     _export(body, model, out, run, number)
     if as_json:

@@ -39,7 +39,7 @@ class FrozenLLM:
     """A causal LM without a single trainable weight: embeddings in; losses, gradients, tokens out.
 
     One thread at a time may use it. Results lie on the device of the values that were sent;
-    gradients have the model's dtype. The same request gives the same bytes.
+    gradients have the model's dtype. On a CPU the same request gives the same bytes.
     """
 
     def __init__(

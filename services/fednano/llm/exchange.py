@@ -1,0 +1,145 @@
+"""What every method of the service does around its own work: admit, receive, compute, reply."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from google.protobuf.message import Message
+
+from fednano.llm.incoming import Incoming
+from fednano.llm.metrics import Kind, Metrics
+from fednano.llm.requests import Announced, Limits
+from fednano.llm.worker import Job, Worker
+from fednano.models.language_model import Sequences
+from fednano.wire import codec, torch_codec
+from fednano.wire.errors import Busy, PermissionDenied, Problem
+from fednano.wire.headers import check_header
+from fednano.wire.interceptors import Context, caller
+from fednano.wire.tensor_pb2 import DType, Header, TensorSpec
+
+T = TypeVar("T")
+M = TypeVar("M", bound=Message)
+COMPUTING_ROLES = ("site", "admin")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A tensor ready to be sent."""
+
+    spec: TensorSpec
+    data: codec.Buffer
+
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor, dtype: DType) -> Packed:
+        spec = torch_codec.spec_of(name, tensor, dtype)
+        return cls(spec, torch_codec.pack(tensor, dtype))
+
+
+def authorise(header: Header) -> None:
+    """The token must be this client's, for this run, and of a role that may compute.
+
+    Raises PermissionDenied.
+    """
+    identity = caller()
+    if identity.role not in COMPUTING_ROLES:
+        raise PermissionDenied
+    for field, own in (("client", identity.name), ("run", identity.run)):
+        claimed = getattr(header, field)
+        if claimed != own and (own or field == "client"):
+            problem = Problem(f"header.{field}", f"{own!r}, as in the token", repr(claimed))
+            raise PermissionDenied(str(problem), problem)
+
+
+class Exchange:
+    """Shared by all calls of a service; holds nothing of any of them."""
+
+    def __init__(self, fingerprint: str, limits: Limits, worker: Worker, metrics: Metrics) -> None:
+        self._fingerprint = fingerprint
+        self.limits = limits
+        self._worker = worker
+        self._metrics = metrics
+        # Threads of our own: the loop's may all be taken by whoever shares the process.
+        self._checkers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="check")
+
+    def close(self) -> None:
+        self._checkers.shutdown()
+
+    def admit(self, header: Header) -> None:
+        """May this caller compute, with this model, now?
+
+        Raises PermissionDenied, what check_header raises, or Busy.
+        """
+        authorise(header)
+        check_header(header, self._fingerprint)
+        self._worker.check_room()
+
+    async def head(self, incoming: Incoming) -> Any:
+        """A stream's first message, admitted."""
+        head = await incoming.head()
+        self.admit(head.header)
+        adapter = head.text_adapter.ByteSize() if hasattr(head, "text_adapter") else 0
+        self._metrics.received("adapters", adapter)
+        self._metrics.received("control", head.ByteSize() - adapter)
+        return head
+
+    async def payload(
+        self, incoming: Incoming, specs: Sequence[TensorSpec], kinds: Sequence[Kind]
+    ) -> list[memoryview]:
+        """The bytes of the announced tensors, which hold `kinds`."""
+        buffers = await incoming.payload(specs, self.limits.message_bytes)
+        for kind, buffer in zip(kinds, buffers, strict=False):
+            self._metrics.received(kind, len(buffer))
+        return buffers
+
+    async def sequences(self, incoming: Incoming, embeddings: Announced) -> Sequences:
+        """The announced embeddings, checked off the event loop."""
+        (data,) = await self.payload(incoming, [embeddings.spec], ["embeddings"])
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._checkers, embeddings.sequences, data)
+
+    async def compute(self, rpc: str, work: Callable[[], T]) -> tuple[T, Job[T]]:
+        """What `work` returns, once it was its turn on the device."""
+        job = self._worker.submit(work)
+        with self.on_device(rpc, job):
+            return await job.result(), job
+
+    def stream(self, context: Context, work: Callable[[], Iterator[T]]) -> Job[T]:
+        """`work` in turns; to be used within `on_device`.
+
+        A caller who hangs up frees the device, even while a reply is on its way.
+        """
+        job = self._worker.stream(work)
+
+        def gone(_: Any) -> None:
+            self._worker.leave(job)
+
+        context.add_done_callback(cast("Any", gone))
+        return job
+
+    @contextmanager
+    def on_device(self, rpc: str, job: Job[Any]) -> Iterator[None]:
+        """Frees the device whatever becomes of the caller."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise Busy("the device has no memory for this; send less, or try later") from error
+        finally:
+            self._worker.leave(job)
+            if job.started:
+                self._metrics.computed(rpc, job.queue_seconds, job.compute_seconds)
+
+    def counted(self, reply: M) -> M:
+        """`reply`, after its bytes were counted."""
+        self._metrics.sent("control", reply.ByteSize())
+        return reply
+
+    def chunks(self, kind: Kind, body: Packed) -> Iterator[bytes]:
+        for chunk in codec.chunked([body.data]):
+            self._metrics.sent(kind, len(chunk))
+            yield chunk

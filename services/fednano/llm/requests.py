@@ -1,0 +1,305 @@
+"""From messages to what the engine takes: everything that a caller sent is checked here.
+
+Each function raises InvalidRequest or BadTensor with the field, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fednano.models.language_model import (
+    IGNORED,
+    LowRank,
+    Modality,
+    Sampling,
+    Segment,
+    Sequences,
+)
+from fednano.wire import codec, llm_pb2, torch_codec
+from fednano.wire.errors import BadTensor, InvalidRequest, Unsupported
+from fednano.wire.tensor_pb2 import BF16, FP32, INT8, DType, Tensor, TensorSpec
+
+Integers = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+_MODALITIES = frozenset(int(modality) for modality in Modality)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for, and the model's own sizes."""
+
+    hidden: int
+    vocabulary: int  # width of the logits
+    table_rows: int  # of the embedding table
+    tokens_per_sample: int
+    tokens_per_request: int  # each sample counted as long as the longest
+    samples_per_request: int
+    new_tokens: int
+    message_bytes: int  # of one request or one reply
+
+
+@dataclass(frozen=True)
+class Announced:
+    """Embeddings whose values follow in chunks."""
+
+    spec: TensorSpec
+    segments: tuple[tuple[Segment, ...], ...]
+
+    @property
+    def tokens(self) -> int:
+        return int(self.spec.shape[0])
+
+    @property
+    def starts(self) -> list[int]:
+        """Each sample's first token, as an index into the packed tokens."""
+        lengths = [sum(s.length for s in sample) for sample in self.segments]
+        return [0, *accumulate(lengths)][:-1]
+
+    def sequences(self, data: memoryview) -> Sequences:
+        """The whole, once the bytes have come. Raises BadTensor for NaN and infinity."""
+        return Sequences(floats("embeddings", self.spec, data), self.segments)
+
+
+def announced(message: llm_pb2.Embeddings, limits: Limits) -> Announced:
+    """The first message's half of the embeddings."""
+    _only_dense(message)
+    if not 1 <= len(message.samples) <= limits.samples_per_request:
+        raise InvalidRequest.of(
+            "embeddings.samples", f"1 to {limits.samples_per_request}", len(message.samples)
+        )
+    segments = tuple(
+        _segments(f"embeddings.samples[{i}]", sample, limits)
+        for i, sample in enumerate(message.samples)
+    )
+    lengths = [sum(s.length for s in sample) for sample in segments]
+    padded = max(lengths) * len(lengths)
+    if padded > limits.tokens_per_request:
+        raise InvalidRequest.of(
+            "embeddings.samples",
+            f"at most {limits.tokens_per_request} tokens with all samples padded to the longest",
+            f"{len(lengths)} samples of up to {max(lengths)} tokens",
+        )
+    spec = message.dense.values
+    check_spec("embeddings", spec, (sum(lengths), limits.hidden))
+    return Announced(spec, segments)
+
+
+def _only_dense(message: llm_pb2.Embeddings) -> None:
+    form = message.WhichOneof("form")
+    if form == "factored":
+        raise Unsupported("the factored form is not offered by this service; send the dense form")
+    if form is None:
+        raise InvalidRequest.of("embeddings.form", "dense", "nothing")
+    for field in ("position_ids", "token_types"):
+        if message.HasField(field):
+            raise Unsupported(f"embeddings.{field} is not offered by this service; leave it out")
+    if message.deep_features:
+        raise Unsupported("embeddings.deep_features is not offered by this service; leave it out")
+
+
+def _segments(field: str, sample: llm_pb2.Sample, limits: Limits) -> tuple[Segment, ...]:
+    """A sample's segments, in order, without gap or overlap."""
+    found, end = [], 0
+    for i, segment in enumerate(sample.segments):
+        where = f"{field}.segments[{i}]"
+        if segment.modality not in _MODALITIES:
+            raise InvalidRequest.of(f"{where}.modality", "RAW, TEXT or IMAGE", segment.modality)
+        if segment.start != end:
+            raise InvalidRequest.of(f"{where}.start", f"{end}, where the last ended", segment.start)
+        if segment.length < 1:
+            raise InvalidRequest.of(f"{where}.length", "1 or more", segment.length)
+        found.append(Segment(Modality(segment.modality), segment.start, segment.length))
+        end += segment.length
+    if not 1 <= end <= limits.tokens_per_sample:
+        raise InvalidRequest.of(field, f"1 to {limits.tokens_per_sample} tokens", end)
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class LogitsGradient:
+    """What Backward starts from, and what the activation is computed from where it is gone."""
+
+    spec: TensorSpec  # [wanted, vocabulary]
+    embeddings: Announced | None
+    positions: torch.Tensor | None
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """In the order in which their bytes come."""
+        return [self.spec, *([self.embeddings.spec] if self.embeddings else [])]
+
+    def read(self, data: Sequence[memoryview]) -> tuple[torch.Tensor, Sequences | None]:
+        """The gradient and, where they were sent again, the embeddings. Raises BadTensor."""
+        gradient = floats("logits_gradient", self.spec, data[0])
+        return gradient, self.embeddings.sequences(data[1]) if self.embeddings else None
+
+
+def logits_gradient(head: llm_pb2.BackwardHead, limits: Limits) -> LogitsGradient:
+    """The first message of Backward."""
+    spec = head.logits_gradient
+    if not head.HasField("embeddings"):
+        if not head.activation:
+            raise InvalidRequest.of("activation", "a name, or embeddings", "neither")
+        wanted = max(1, spec.shape[0]) if spec.shape else 1
+        check_spec("logits_gradient", spec, (wanted, limits.vocabulary))
+        return LogitsGradient(spec, None, None)
+    embeddings = announced(head.embeddings, limits)
+    places = positions(head.positions, embeddings.tokens, limits)
+    check_spec("logits_gradient", spec, (len(places), limits.vocabulary))
+    return LogitsGradient(spec, embeddings, places)
+
+
+def labels(message: Tensor, embeddings: Announced, limits: Limits) -> torch.Tensor:
+    """[tokens] int64; somewhere there is something to predict."""
+    values = integers("labels", message, embeddings.tokens)
+    bad = (values != IGNORED) & ((values < 0) | (values >= limits.vocabulary))
+    if bad.any():
+        expected = f"{IGNORED} or 0 to {limits.vocabulary - 1}"
+        raise InvalidRequest.of("labels", expected, _first(values, bad))
+    labelled = values != IGNORED
+    labelled[embeddings.starts] = False
+    if not labelled.any():
+        expected = "at least one labelled token after the first of its sample"
+        raise InvalidRequest.of("labels", expected, "none")
+    return torch.from_numpy(values)
+
+
+def weights(message: Tensor, samples: int) -> torch.Tensor:
+    """[samples] float32."""
+    return small_floats("weights", message, (samples,))
+
+
+def positions(message: Tensor, tokens: int, limits: Limits) -> torch.Tensor:
+    """[wanted] int64, indices into the packed tokens."""
+    values = integers("positions", message)
+    bad = (values < 0) | (values >= tokens)
+    if bad.any():
+        raise InvalidRequest.of("positions", f"0 to {tokens - 1}", _first(values, bad))
+    most = limits.message_bytes // (4 * limits.vocabulary)
+    if not 1 <= len(values) <= most:
+        expected = f"1 to {most}, so that the logits fit in a reply"
+        raise InvalidRequest.of("positions", expected, len(values))
+    return torch.from_numpy(values)
+
+
+def ids(message: Tensor, limits: Limits) -> torch.Tensor:
+    """[tokens] int64, rows of the embedding table."""
+    values = integers("ids", message)
+    if not 1 <= len(values) <= limits.tokens_per_request:
+        raise InvalidRequest.of("ids", f"1 to {limits.tokens_per_request}", len(values))
+    bad = (values < 0) | (values >= limits.table_rows)
+    if bad.any():
+        raise InvalidRequest.of("ids", f"0 to {limits.table_rows - 1}", _first(values, bad))
+    return torch.from_numpy(values)
+
+
+def sampling(message: llm_pb2.Sampling, limits: Limits) -> Sampling:
+    if not 1 <= message.max_new_tokens <= limits.new_tokens:
+        raise InvalidRequest.of(
+            "sampling.max_new_tokens", f"1 to {limits.new_tokens}", message.max_new_tokens
+        )
+    if not (math.isfinite(message.temperature) and message.temperature >= 0):
+        raise InvalidRequest.of("sampling.temperature", "0 or more", message.temperature)
+    if not 0 <= message.top_p <= 1:
+        raise InvalidRequest.of("sampling.top_p", "0 to 1", message.top_p)
+    for token in message.stop_ids:
+        if not 0 <= token < limits.vocabulary:
+            raise InvalidRequest.of("sampling.stop_ids", f"0 to {limits.vocabulary - 1}", token)
+    return Sampling(
+        max_new_tokens=message.max_new_tokens,
+        temperature=message.temperature,
+        top_p=message.top_p or 1.0,
+        seed=message.seed,
+        stop_ids=tuple(message.stop_ids),
+    )
+
+
+def low_rank(message: llm_pb2.LowRank, limits: Limits) -> LowRank:
+    """The text adapter: A [rank, hidden], B [hidden, rank]."""
+    rank = message.down.shape[0] if message.down.shape else 0
+    if not 1 <= rank <= limits.hidden:
+        raise InvalidRequest.of("text_adapter.down", f"a rank of 1 to {limits.hidden}", rank)
+    if not math.isfinite(message.scale):
+        raise InvalidRequest.of("text_adapter.scale", "a finite number", message.scale)
+    down = small_floats("text_adapter.down", message.down, (rank, limits.hidden))
+    up = small_floats("text_adapter.up", message.up, (limits.hidden, rank))
+    return LowRank(down, up, message.scale)
+
+
+def reply_dtype(field: str, dtype: DType) -> DType:
+    """The dtype that the caller wants; FP32 where it doesn't say."""
+    if not dtype:
+        return FP32
+    _check_float(field, dtype)
+    return dtype
+
+
+def check_spec(field: str, spec: TensorSpec, shape: Sequence[int]) -> None:
+    """A floating tensor of this shape."""
+    _check_float(f"{field}.dtype", spec.dtype)
+    if tuple(spec.shape) != tuple(shape):
+        raise BadTensor.of(field, list(shape), list(spec.shape))
+
+
+def floats(field: str, spec: TensorSpec, data: codec.Buffer) -> torch.Tensor:
+    """The values of a checked spec. Raises BadTensor for NaN and infinity."""
+    values = torch_codec.to_torch(spec.dtype, spec.shape, data, field)
+    bad = _not_finite(spec, data)
+    if bad.any():
+        row = int(bad.argmax()) // (1 if spec.dtype == INT8 else max(1, spec.shape[-1]))
+        raise BadTensor.of(field, "finite numbers", f"NaN or infinity in row {row}")
+    return values
+
+
+def small_floats(field: str, message: Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """A floating tensor that came whole in its message, as float32."""
+    spec = TensorSpec(name=field, dtype=message.dtype, shape=message.shape)
+    check_spec(field, spec, shape)
+    return floats(field, spec, message.data).float()
+
+
+def integers(field: str, message: Tensor, length: int | None = None) -> Integers:
+    """[length] int64."""
+    if message.dtype not in codec.INTEGERS:
+        raise BadTensor.of(f"{field}.dtype", "INT32 or INT64", _name(message.dtype))
+    if len(message.shape) != 1 or length not in (None, message.shape[0]):
+        raise BadTensor.of(field, [length or "any"], list(message.shape))
+    return codec.decode(message, field).astype(np.int64)
+
+
+def _check_float(field: str, dtype: DType) -> None:
+    if dtype not in codec.FLOATS:
+        raise BadTensor.of(field, "FP32, FP16, BF16 or INT8", _name(dtype))
+
+
+def _name(dtype: DType) -> str:
+    if not dtype:
+        return "nothing"
+    return DType.Name(dtype) if dtype in DType.values() else str(dtype)
+
+
+def _not_finite(spec: TensorSpec, data: codec.Buffer) -> Flags:
+    """By element; by row for INT8, where only the scales can be other than finite.
+
+    In numpy, as torch would start threads of its own for each of ours.
+    """
+    flags: Flags
+    if spec.dtype == INT8:
+        flags = ~np.isfinite(np.frombuffer(data, "<f4", offset=math.prod(spec.shape)))
+    elif spec.dtype == BF16:
+        flags = (np.frombuffer(data, "<u2") & 0x7F80) == 0x7F80
+    else:
+        flags = ~np.isfinite(np.frombuffer(data, "<f4" if spec.dtype == FP32 else "<f2"))
+    return flags
+
+
+def _first(values: Integers, bad: Flags) -> str:
+    index = int(bad.argmax())
+    return f"{values[index]} at index {index}"

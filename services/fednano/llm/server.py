@@ -1,0 +1,242 @@
+"""The life of the LLM service's process: load, listen, serve, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import start_http_server
+from transformers.utils.logging import disable_progress_bar
+
+from fednano import __version__, logs
+from fednano.llm.exchange import Exchange
+from fednano.llm.metrics import Metrics
+from fednano.llm.requests import Limits
+from fednano.llm.servicer import LanguageModelServicer
+from fednano.llm.settings import LlmSettings
+from fednano.llm.worker import Worker
+from fednano.models.activations import Activations
+from fednano.models.frozen import FrozenLLM
+from fednano.wire import llm_pb2, llm_pb2_grpc
+from fednano.wire.channels import check_exposure, listen, make_server
+from fednano.wire.errors import FedNanoError
+from fednano.wire.sessions import Identity
+
+log = logging.getLogger(__name__)
+
+SERVICE = llm_pb2.DESCRIPTOR.services_by_name["LanguageModel"].full_name
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Where the service listens; metrics is -1 where it doesn't."""
+
+    grpc: int
+    metrics: int
+
+
+_LAST_WORDS = 0.2
+"""Seconds in which the status of a call that has just ended reaches its caller."""
+
+
+class LlmServer:
+    """Serves a loaded model until it is stopped."""
+
+    def __init__(self, settings: LlmSettings, engine: FrozenLLM, replica: str = "local") -> None:
+        self._settings = settings
+        self._engine = engine
+        self._replica = replica
+        self._metrics = Metrics()
+        self._worker = Worker(settings.queue, settings.generations)
+        self._exchange = Exchange(
+            engine.fingerprint, limits_of(settings, engine), self._worker, self._metrics
+        )
+        self._verifier = settings.verifier()
+        self._health = health.aio.HealthServicer()
+        self._server = make_server(self._authenticate)
+        self._metrics_server: tuple[Any, Thread] | None = None
+        self._sweeper: asyncio.Task[None] | None = None
+
+    @property
+    def worker(self) -> Worker:
+        return self._worker
+
+    async def start(self) -> Ports:
+        """Binds both listeners. Raises what check_listeners raises."""
+        settings = self._settings
+        check_listeners(settings)
+        self._register()
+        port = listen(self._server, settings.host, settings.port, settings.server_tls())
+        metrics_port = self._listen_for_metrics()
+        self._worker.start()
+        self._sweeper = asyncio.create_task(self._sweep())
+        await self._server.start()
+        for service in ("", SERVICE):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        return Ports(port, metrics_port)
+
+    async def wait(self) -> None:
+        """Until somebody stops the service."""
+        await self._server.wait_for_termination()
+
+    async def stop(self, drain: float | None = None) -> None:
+        """Takes no new calls, gives the running ones `drain` seconds, and closes."""
+        seconds = self._settings.drain_seconds if drain is None else drain
+        await self._health.enter_graceful_shutdown()
+        await self._drain(seconds)
+        await self._worker.close()
+        self._exchange.close()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        if self._metrics_server is not None:
+            await asyncio.to_thread(_close, *self._metrics_server)
+
+    async def _drain(self, seconds: float) -> None:
+        """Ends when the last call of ours has, however long others watch health or reflection."""
+        stopping = asyncio.create_task(self._server.stop(seconds))
+        while self._metrics.in_progress and not stopping.done():
+            await asyncio.wait({stopping}, timeout=0.05)
+        await asyncio.wait({stopping}, timeout=_LAST_WORDS)
+        await self._server.stop(None)
+        await stopping
+
+    def _register(self) -> None:
+        engine, metrics = self._engine, self._metrics
+        servicer = LanguageModelServicer(
+            engine, self._worker, self._exchange, metrics, self._replica
+        )
+        llm_pb2_grpc.add_LanguageModelServicer_to_server(servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        )
+        dtype = str(engine.dtype).removeprefix("torch.")
+        metrics.describe(__version__, engine.device.type, dtype, engine.parameters)
+        metrics.watch(lambda: self._worker.depth, lambda: len(engine.activations))
+
+    def _listen_for_metrics(self) -> int:
+        """Prometheus reads over TLS where gRPC does."""
+        settings = self._settings
+        if settings.metrics_port < 0:
+            return -1
+        try:
+            self._metrics_server = start_http_server(
+                settings.metrics_port,
+                settings.metrics_host,
+                self._metrics.registry,
+                certfile=str(settings.tls_certificate) if settings.tls_certificate else None,
+                keyfile=str(settings.tls_key) if settings.tls_key else None,
+            )
+        except OSError as error:
+            where = f"{settings.metrics_host}:{settings.metrics_port}"
+            raise FedNanoError(f"can't listen on {where} for metrics: {error}") from error
+        return int(self._metrics_server[0].server_port)
+
+    async def _authenticate(self, token: str) -> Identity:
+        return self._verifier.verify(token)
+
+    async def _sweep(self) -> None:
+        """Frees activations that nobody came back for."""
+        while True:
+            await asyncio.sleep(self._settings.activation_seconds / 2)
+            self._engine.activations.expire()
+
+
+def check_listeners(settings: LlmSettings) -> None:
+    """Raises InvalidRequest where a listener would be open to a network in the clear."""
+    tls = settings.server_tls()
+    check_exposure("host", settings.host, tls, settings.insecure)
+    if settings.metrics_port >= 0:
+        check_exposure("metrics_host", settings.metrics_host, tls, settings.insecure)
+
+
+def limits_of(settings: LlmSettings, engine: FrozenLLM) -> Limits:
+    """The operator's limits, within the model's."""
+    return Limits(
+        hidden=engine.hidden_size,
+        vocabulary=engine.vocabulary,
+        table_rows=engine.table_rows,
+        tokens_per_sample=min(
+            settings.tokens_per_sample or engine.max_positions,
+            engine.max_positions,
+            settings.tokens_per_request,
+        ),
+        tokens_per_request=settings.tokens_per_request,
+        samples_per_request=settings.samples_per_request,
+        new_tokens=settings.new_tokens,
+        message_bytes=settings.message_mebibytes << 20,
+    )
+
+
+def run(settings: LlmSettings) -> None:
+    """Serves until SIGTERM or SIGINT. Raises FedNanoError where that can't begin."""
+    check_listeners(settings)
+    settings.verifier()
+    logs.configure(settings.service, settings.log_json, settings.log_level)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    disable_progress_bar()
+    replica = settings.name or f"{socket.gethostname()}-{uuid.uuid4().hex[:6]}"
+    activations = Activations(replica, settings.activation_tokens, settings.activation_seconds)
+    engine = FrozenLLM.load(
+        settings.model, settings.device, settings.dtype, activations=activations
+    )
+    asyncio.run(_serve(settings, engine, replica))
+
+
+async def _serve(settings: LlmSettings, engine: FrozenLLM, replica: str) -> None:
+    server = LlmServer(settings, engine, replica)
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    ports = await server.start()
+    log.info(
+        "llm service ready",
+        extra={
+            "port": ports.grpc,
+            "metrics_port": ports.metrics,
+            "model": engine.name,
+            "fingerprint": engine.fingerprint,
+            "device": str(engine.device),
+            "dtype": str(engine.dtype).removeprefix("torch."),
+            "replica": replica,
+        },
+    )
+    announce(ports, settings.ready_file)
+    await stopping.wait()
+    log.info("llm service stopping", extra={"drain_seconds": settings.drain_seconds})
+    await server.stop()
+    log.info("llm service stopped")
+
+
+def announce(ports: Ports, ready_file: Path | None) -> None:
+    """One line of JSON for whoever started us: on standard output, or whole in a file."""
+    ready = {"event": "ready", "port": ports.grpc, "metrics_port": ports.metrics}
+    line = json.dumps(ready) + "\n"
+    if ready_file is None:
+        sys.stdout.write(line)
+        sys.stdout.flush()
+        return
+    part = ready_file.with_name(f".{ready_file.name}.{os.getpid()}")
+    part.write_text(line)
+    part.replace(ready_file)
+
+
+def _close(server: Any, thread: Thread) -> None:
+    server.shutdown()
+    server.server_close()
+    thread.join()

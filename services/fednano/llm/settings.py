@@ -1,0 +1,70 @@
+"""How the LLM service is set: FEDNANO_LLM_<FIELD>, flags over environment over file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from fednano.settings import ListenerTls
+from fednano.wire.errors import InvalidRequest
+from fednano.wire.sessions import SessionVerifier
+
+
+class LlmSettings(ListenerTls):
+    """Everything that the LLM service is told at start."""
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, env_prefix="FEDNANO_LLM_")
+    service: ClassVar[str] = "llm"
+
+    model: Path = Field(description="directory of the LLM half that `fednano split` wrote")
+    session_public_key: str = Field(
+        description="Ed25519 public key (PEM) of the coordinator that signs callers' tokens"
+    )
+    host: str = Field("127.0.0.1", description="address that gRPC binds")
+    port: int = Field(50051, ge=0, le=65535, description="gRPC; 0: any free one")
+    metrics_host: str = Field("127.0.0.1", description="address that the metrics listener binds")
+    metrics_port: int = Field(
+        9101, ge=-1, le=65535, description="Prometheus; 0: any free one, -1: no metrics listener"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the LLM runs")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="of the weights; auto: fp32 on a CPU, bf16 on a GPU"
+    )
+    threads: int = Field(0, ge=0, description="CPU threads of one computation; 0: torch's choice")
+    queue: int = Field(64, ge=1, description="requests that may wait; more are refused as busy")
+    generations: int = Field(4, ge=1, description="answers that are written at the same time")
+    tokens_per_sample: int = Field(0, ge=0, description="limit; 0: the model's own")
+    tokens_per_request: int = Field(
+        32_768, ge=1, description="limit; each sample counts as long as the longest of its request"
+    )
+    samples_per_request: int = Field(256, ge=1, description="limit")
+    message_mebibytes: int = Field(
+        256, ge=1, description="limit of one request, or one reply, all its chunks together"
+    )
+    new_tokens: int = Field(1024, ge=1, description="limit of one answer")
+    activation_seconds: float = Field(
+        120, gt=0, description="how long Forward's activation waits for its Backward"
+    )
+    activation_tokens: int = Field(
+        65_536, ge=1, description="tokens whose activations are kept at most"
+    )
+    drain_seconds: float = Field(30, ge=0, description="for the running calls at shutdown")
+    name: str = Field("", description="of this replica; empty: the host's name and a random part")
+    ready_file: Path | None = Field(None, description="the ports, as JSON, once serving")
+    log_json: bool = Field(False, description="logs as JSON, one object per line")
+    log_level: str = Field("info", description="debug, info, warning or error")
+
+    def verifier(self) -> SessionVerifier:
+        """Checks callers' tokens. Raises InvalidRequest, which does not repeat what may be secret."""
+        pem = self.session_public_key.encode()
+        try:
+            load_pem_public_key(pem)
+        except ValueError:
+            raise InvalidRequest.of(
+                "session_public_key", "a public key in PEM form", f"{len(pem)} other bytes"
+            ) from None
+        return SessionVerifier(pem)
