@@ -1,0 +1,333 @@
+"""The federated rounds. It reads like the paper: enrol, hand out, collect, merge, evaluate.
+
+A step looks at where a run stands and moves it on by one transition, or says how long to wait.
+Everything it goes by is in the store, so a coordinator that was killed between any two steps, or
+within one, is followed by another that takes the same one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fednano.coordinator.database import Raced
+from fednano.coordinator.fields import StoredRound, StoredRun
+from fednano.coordinator.records import RoundState, RunState, StoredAdapter
+from fednano.coordinator.scores import mean_metrics, own_metrics, train_metrics
+from fednano.coordinator.store import Store
+from fednano.coordinator.store_adapters import make_adapter
+from fednano.coordinator.store_updates import UpdateMeta
+from fednano.coordinator.strategies import Update, initial_adapter, strategy_of
+
+log = logging.getLogger(__name__)
+
+_LOOK = 60.0  # nothing to wait for but a ring of the bell
+_SOON = 0.2
+_READ_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """One run, advanced by the leader that holds `lease`. Raises LeaseLost once it doesn't."""
+
+    store: Store
+    lease: str
+    name: str
+    observe: Callable[[float], None] = lambda seconds: None  # a finished round's duration
+
+    async def drive(self) -> None:
+        """Until the run has ended."""
+        with self.store.database.bell(self.name) as bell:
+            while not (run := await self.store.run_store.get(self.name)).state.ended:
+                try:
+                    patience = await self.step(run)
+                except Raced:
+                    continue  # a command or a client came in between: look again
+                if patience > 0:
+                    await bell.wait(patience)
+
+    async def step(self, run: StoredRun) -> float:
+        """One transition, or the seconds after which to look again."""
+        if run.state is RunState.CREATED:
+            return await self._open_enrolment(run)
+        if run.state is RunState.ENROLLING:
+            return await self._enrol(run)
+        if run.started_at is None:
+            return _LOOK  # paused before it began
+        round_ = await self.store.round_store.get(run.name, run.round)
+        if round_ is None:
+            return await self._start(run)
+        steps = {
+            RoundState.OPEN: self._pick_cohort,
+            RoundState.COLLECTING: self._collect,
+            RoundState.MERGING: self._merge,
+            RoundState.EVALUATING: self._evaluate,
+            RoundState.DONE: self._next_round,
+            RoundState.FAILED: self._next_attempt,
+        }
+        return await steps[round_.state](run, round_)
+
+    async def give_up(self, reason: str) -> None:
+        """The run fails visibly."""
+        run = await self.store.run_store.get(self.name)
+        if not run.state.ended:
+            failed = replace(run, state=RunState.FAILED, failure=reason, finished_at=self._now())
+            await self.store.run_store.advance(self.lease, run, failed)
+
+    def _now(self) -> float:
+        return self.store.database.clock()
+
+    async def _open_enrolment(self, run: StoredRun) -> float:
+        until = self._now() + run.config.enrol_seconds
+        after = replace(run, state=RunState.ENROLLING, enrol_until=until)
+        await self.store.run_store.advance(self.lease, run, after)
+        return 0
+
+    async def _enrol(self, run: StoredRun) -> float:
+        """Members join by themselves; this closes the door behind them."""
+        left = run.enrol_until - self._now()
+        if len(run.members) >= run.config.clients:
+            return await self._close_enrolment(run, run.members)
+        if left > 0:
+            return left
+        present = await self.store.members.presence(run.name)
+        if not present.settled:
+            return _SOON
+        members = tuple(member for member in run.members if member in present.alive)
+        if len(members) >= run.config.min_clients:
+            return await self._close_enrolment(run, members)
+        reason = f"{len(members)} of at least {run.config.min_clients} clients enrolled in time"
+        failed = replace(run, state=RunState.FAILED, failure=reason, finished_at=self._now())
+        await self.store.run_store.advance(self.lease, run, failed)
+        return 0
+
+    async def _close_enrolment(self, run: StoredRun, members: tuple[str, ...]) -> float:
+        """N is fixed and the shards are dealt, by client id."""
+        after = replace(
+            run,
+            state=RunState.RUNNING,
+            members=tuple(sorted(members)),
+            started_at=self._now(),
+        )
+        await self.store.members.close_enrolment(self.lease, run, after)
+        log.info("enrolment closed", extra={"run": run.name, "clients": len(members)})
+        return 0
+
+    async def _start(self, run: StoredRun) -> float:
+        """Round 0: the adapter before any training, evaluated as the zero-shot baseline."""
+        config = run.config.adapter
+        tensors = initial_adapter(config.modalities, config.rank, run.hidden_size, run.config.seed)
+        adapter = make_adapter(tensors, config.scale)
+        evaluators = await self._evaluators(run, 0)
+        if evaluators is None:
+            return _SOON
+        now = self._now()
+        first = StoredRound(
+            number=0,
+            attempt=1,
+            state=RoundState.EVALUATING,
+            opened_at=now,
+            deadline=now + run.config.evaluation.seconds,
+            strategy=run.config.strategy.name,
+            adapter_digest=adapter.digest,
+            evaluators=evaluators,
+        )
+        await self.store.round_store.start(self.lease, run, adapter, first)
+        return 0
+
+    async def _next_round(self, run: StoredRun, done: StoredRound) -> float:
+        if run.state is RunState.PAUSED:
+            return _LOOK
+        return await self._open(run, done, done.number + 1, 1, done.adapter_digest)
+
+    async def _next_attempt(self, run: StoredRun, failed: StoredRound) -> float:
+        if run.state is RunState.PAUSED:
+            return _LOOK
+        return await self._open(run, failed, failed.number, failed.attempt + 1, failed.base)
+
+    async def _open(
+        self, run: StoredRun, before: StoredRound, number: int, attempt: int, base: str
+    ) -> float:
+        now = self._now()
+        opened = StoredRound(
+            number=number,
+            attempt=attempt,
+            state=RoundState.OPEN,
+            opened_at=now,
+            deadline=now + run.config.round_seconds,
+            strategy=run.config.strategy.name,
+            base=base,
+        )
+        await self.store.round_store.open(self.lease, run, before, opened)
+        return 0
+
+    async def _pick_cohort(self, run: StoredRun, round_: StoredRound) -> float:
+        """Sampled once from the members that are there, and written down."""
+        present = await self.store.members.presence(run.name)
+        candidates = sorted(
+            member for member in run.members if run.config.deterministic or member in present.alive
+        )
+        if not present.settled and len(candidates) < len(run.members):
+            return _SOON  # after a restart, give everybody the time to be heard
+        if len(candidates) < run.config.min_clients:
+            if self._now() < round_.deadline:
+                return min(_SOON, round_.deadline - self._now())
+            return await self._fail(run, round_, len(candidates), "members were there")
+        cohort = sample_cohort(candidates, run, round_)
+        deadline = self._now() + run.config.round_seconds
+        await self.store.round_store.enlist(self.lease, run, round_, cohort, deadline)
+        return 0
+
+    async def _collect(self, run: StoredRun, round_: StoredRound) -> float:
+        """Until the whole cohort has submitted, or the deadline."""
+        cohort = await self.store.round_store.cohort(run.name, round_)
+        accepted = await self.store.updates.accepted(run.name, round_.number, round_.attempt)
+        left = round_.deadline - self._now()
+        if len(accepted) < len(cohort):
+            if left > 0:
+                return left
+            if not self.store.members.settled:
+                return _SOON  # the time in which nobody could submit doesn't count
+        needed = len(cohort) if run.config.deterministic else run.config.min_clients
+        if len(accepted) < needed:
+            return await self._fail(run, round_, len(accepted), "updates came in time")
+        await self.store.round_store.freeze(self.lease, run, round_)
+        return 0
+
+    async def _fail(self, run: StoredRun, round_: StoredRound, got: int, what: str) -> float:
+        needed = run.config.min_clients
+        if run.config.deterministic:
+            needed = max(needed, len(await self.store.round_store.cohort(run.name, round_)))
+        reason = f"attempt {round_.attempt} of round {round_.number}: {got} of {needed} {what}"
+        last = round_.attempt >= run.config.max_attempts
+        await self.store.round_store.fail(self.lease, run, round_, reason, last)
+        log.warning("round failed", extra={"run": run.name, "round": round_.number, "why": reason})
+        return 0
+
+    async def _merge(self, run: StoredRun, round_: StoredRound) -> float:
+        """The set of updates is frozen: whoever merges it gets the same bytes."""
+        evaluators = await self._evaluators(run, round_.number)
+        if evaluators is None:
+            return _SOON
+        accepted = await self.store.updates.accepted(run.name, round_.number, round_.attempt)
+        updates = StoredUpdates(self.store, run.name, round_, accepted, asyncio.get_running_loop())
+        strategy = strategy_of(run.config.strategy)
+        tensors = await asyncio.to_thread(strategy.aggregate, updates)
+        adapter = make_adapter(tensors, run.config.adapter.scale)
+        await self._publish(run, round_, adapter, evaluators, train_metrics(accepted))
+        return 0
+
+    async def _publish(
+        self,
+        run: StoredRun,
+        round_: StoredRound,
+        adapter: StoredAdapter,
+        evaluators: tuple[str, ...],
+        metrics: dict[str, float],
+    ) -> None:
+        seen = await self.store.round_store.with_clients(run.name, round_)
+        after = replace(
+            seen,
+            state=RoundState.EVALUATING,
+            deadline=self._now() + run.config.evaluation.seconds,
+            adapter_digest=adapter.digest,
+            evaluators=evaluators,
+            metrics=metrics,
+        )
+        await self.store.round_store.publish(self.lease, run, round_, adapter, after)
+
+    async def _evaluators(self, run: StoredRun, number: int) -> tuple[str, ...] | None:
+        """Who is there to evaluate this round; None while that isn't known for sure."""
+        roles = evaluating_roles(run, number)
+        members = [client for client in await self.store.members.all(run.name) if client.session]
+        wanted = [
+            client
+            for client in members
+            if client.role in roles and (client.role == "evaluator" or client.id in run.members)
+        ]
+        alive = tuple(client.id for client in wanted if client.state == "alive")
+        if len(alive) < len(wanted) and not self.store.members.settled:
+            return None
+        return alive
+
+    async def _evaluate(self, run: StoredRun, round_: StoredRound) -> float:
+        """Until everybody who was there has answered, or the deadline."""
+        answers = await self.store.updates.evaluations(run.name, round_.number)
+        left = round_.deadline - self._now()
+        if not set(round_.evaluators) <= answers.keys():
+            if left > 0:
+                return left
+            if not self.store.members.settled:
+                return _SOON
+        digest = round_.adapter_digest
+        metrics = {**round_.metrics, **mean_metrics(answers, digest)}
+        now = self._now()
+        done = replace(
+            round_,
+            state=RoundState.DONE,
+            finished_at=now,
+            metrics=metrics,
+            own=own_metrics(answers, digest),
+        )
+        await self._finish(run, round_, done, now)
+        self.observe(now - round_.opened_at)
+        return 0
+
+    async def _finish(
+        self, run: StoredRun, before: StoredRound, done: StoredRound, now: float
+    ) -> None:
+        accuracy = done.metrics.get("accuracy")
+        after = replace(run, last_round=done.number)
+        if accuracy is not None and (run.best_accuracy is None or accuracy > run.best_accuracy):
+            after = replace(after, best_round=done.number, best_accuracy=accuracy)
+        if done.number == run.config.rounds:
+            after = replace(after, state=RunState.FINISHED, finished_at=now)
+        await self.store.round_store.finish(self.lease, run, after, before, done)
+        log.info("round done", extra={"run": run.name, "round": done.number, **done.metrics})
+
+
+@dataclass(frozen=True)
+class StoredUpdates:
+    """A frozen round's updates, read one at a time from the thread that merges them."""
+
+    store: Store
+    run: str
+    round: StoredRound
+    accepted: dict[str, UpdateMeta]
+    loop: asyncio.AbstractEventLoop
+
+    def __iter__(self) -> Iterator[Update]:
+        for client, meta in self.accepted.items():
+            reading = self.store.updates.tensors(
+                self.run, self.round.number, self.round.attempt, client, meta
+            )
+            future = asyncio.run_coroutine_threadsafe(reading, self.loop)
+            tensors = future.result(_READ_SECONDS)
+            auxiliary = {name: value for name, value in tensors.items() if name in meta.auxiliary}
+            adapter = {name: value for name, value in tensors.items() if name not in auxiliary}
+            yield Update(client, meta.samples, adapter, auxiliary)
+
+
+def sample_cohort(candidates: list[str], run: StoredRun, round_: StoredRound) -> list[str]:
+    """`config.cohort` of the candidates (0: all), by a generator of seed, round and attempt."""
+    size = run.config.cohort or len(candidates)
+    if size >= len(candidates):
+        return candidates
+    rng = np.random.default_rng([run.config.seed, round_.number, round_.attempt])
+    return sorted(candidates[index] for index in rng.choice(len(candidates), size, replace=False))
+
+
+def evaluating_roles(run: StoredRun, number: int) -> frozenset[str]:
+    """Which roles evaluate this round: the evaluator, the trainers on their own data."""
+    config = run.config.evaluation
+    ends = number in (0, run.config.rounds)
+    roles = set()
+    if ends or number % config.every == 0:
+        roles.add("evaluator")
+    if config.own_data == "always" or (config.own_data == "ends" and ends):
+        roles.add("trainer")
+    return frozenset(roles)

@@ -1,0 +1,155 @@
+"""The Lua scripts: whatever must be seen whole or not at all.
+
+One Redis, not a cluster: keys also come inside arguments.
+"""
+
+from __future__ import annotations
+
+# A guarded transaction. KEYS: the leader's lease.
+# ARGV: lease ("" asks for none), guards, (hash, field, value)*, (count, command, argument*)*.
+# 1: done, 0: a guard did not hold, -1: the lease is another's.
+COMMIT = """
+if ARGV[1] ~= '' and redis.call('GET', KEYS[1]) ~= ARGV[1] then return -1 end
+local at = 3
+for _ = 1, tonumber(ARGV[2]) do
+  if (redis.call('HGET', ARGV[at], ARGV[at + 1]) or '') ~= ARGV[at + 2] then return 0 end
+  at = at + 3
+end
+while at <= #ARGV do
+  local count = tonumber(ARGV[at])
+  redis.call(unpack(ARGV, at + 1, at + count))
+  at = at + count + 1
+end
+return 1
+"""
+
+# KEYS: lease, fence. ARGV: owner, milliseconds. The lease, or nothing where another holds it.
+ACQUIRE = """
+if redis.call('EXISTS', KEYS[1]) == 1 then return false end
+local lease = ARGV[1] .. ':' .. redis.call('INCR', KEYS[2])
+redis.call('SET', KEYS[1], lease, 'PX', ARGV[2])
+return lease
+"""
+
+# KEYS: lease. ARGV: the lease, milliseconds. 1: still ours.
+RENEW = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+return redis.call('PEXPIRE', KEYS[1], ARGV[2])
+"""
+
+# KEYS: lease. ARGV: the lease.
+RELEASE = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+return redis.call('DEL', KEYS[1])
+"""
+
+# Shared: counts what a client spent. `costs` is a list of (sent:kind or received:kind, bytes)*.
+_SPEND = """
+local function spend(index, member, row, totals, round_bytes, costs, client_s, server_s)
+  redis.call('ZADD', index, 0, member)
+  for i = 1, #costs, 2 do
+    redis.call('HINCRBY', row, costs[i], costs[i + 1])
+    redis.call('HINCRBY', totals, costs[i], costs[i + 1])
+    redis.call('HINCRBY', round_bytes, string.match(costs[i], ':(.*)'), costs[i + 1])
+  end
+  redis.call('HINCRBYFLOAT', row, 'client_seconds', client_s)
+  redis.call('HINCRBYFLOAT', row, 'server_seconds', server_s)
+end
+local function tell(stream, bell, kind, data)
+  redis.call('XADD', stream, 'MAXLEN', '~', 10000, '*', 'kind', kind, 'data', data)
+  redis.call('PUBLISH', bell, kind)
+end
+local function tail(from)
+  local rest = {}
+  for i = from, #ARGV do rest[#rest + 1] = ARGV[i] end
+  return rest
+end
+"""
+
+# Claims an update with its metadata.
+# KEYS: run, round, client, update, cohort, submitted, refused, late, events,
+#       ledger index, ledger row, ledger totals, round bytes.
+# ARGV: client, session, round, attempt, refusal ("" where valid), metadata, bytes, bell,
+#       ledger member, client seconds, server seconds, data of the event for accepted, late,
+#       refused, (cost, bytes)*.
+# Answers accepted, duplicate, late, refused, or session.
+CLAIM_UPDATE = (
+    _SPEND
+    + """
+if redis.call('HGET', KEYS[3], 'session') ~= ARGV[2] then return 'session' end
+if redis.call('HEXISTS', KEYS[6], ARGV[1]) == 1 then return 'duplicate' end
+local function count(result, event)
+  spend(KEYS[10], ARGV[9], KEYS[11], KEYS[12], KEYS[13], tail(15), ARGV[10], ARGV[11])
+  tell(KEYS[9], ARGV[8], 'update', event)
+  return result
+end
+local run = redis.call('HMGET', KEYS[1], 'state', 'round')
+local round = redis.call('HMGET', KEYS[2], 'state', 'attempt')
+local open = (run[1] == 'running' or run[1] == 'paused') and run[2] == ARGV[3]
+  and round[1] == 'collecting' and round[2] == ARGV[4]
+if redis.call('SISMEMBER', KEYS[5], ARGV[1]) == 0 then return 'stranger' end
+if not open then
+  if redis.call('SADD', KEYS[8], ARGV[1]) == 1 then return count('late', ARGV[13]) end
+  return 'late'
+end
+if ARGV[5] ~= '' then
+  local again = redis.call('HEXISTS', KEYS[7], ARGV[1])
+  redis.call('HSET', KEYS[7], ARGV[1], ARGV[5])
+  if again == 1 then return 'refused' end
+  return count('refused', ARGV[14])
+end
+redis.call('SET', KEYS[4], ARGV[7])
+redis.call('HSET', KEYS[6], ARGV[1], ARGV[6])
+redis.call('HDEL', KEYS[7], ARGV[1])
+return count('accepted', ARGV[12])
+"""
+)
+
+# Claims a client's evaluation of a round.
+# KEYS: run, round, client, evaluations, events, ledger index, ledger row, ledger totals,
+#       round bytes.
+# ARGV: client, session, round, attempt, evaluation, bell, ledger member, client seconds,
+#       server seconds, data of the event, (cost, bytes)*.
+# Answers accepted, duplicate, late, or session.
+CLAIM_EVALUATION = (
+    _SPEND
+    + """
+if redis.call('HGET', KEYS[3], 'session') ~= ARGV[2] then return 'session' end
+if redis.call('HEXISTS', KEYS[4], ARGV[1]) == 1 then return 'duplicate' end
+local run = redis.call('HMGET', KEYS[1], 'state', 'round')
+local round = redis.call('HMGET', KEYS[2], 'state', 'attempt')
+if (run[1] ~= 'running' and run[1] ~= 'paused') or run[2] ~= ARGV[3]
+  or round[1] ~= 'evaluating' or round[2] ~= ARGV[4] then return 'late' end
+redis.call('HSET', KEYS[4], ARGV[1], ARGV[5])
+spend(KEYS[6], ARGV[7], KEYS[7], KEYS[8], KEYS[9], tail(11), ARGV[8], ARGV[9])
+tell(KEYS[5], ARGV[6], 'evaluation', ARGV[10])
+return 'accepted'
+"""
+)
+
+# A sign of life.
+# KEYS: client, events, ledger index, ledger row, ledger totals, round bytes.
+# ARGV: session, now, progress, doing, expiry of the LLM token (ms), bell, data of the event,
+#       ledger member ("" where nothing was spent), client seconds, server seconds, (cost, bytes)*.
+# 1: the session is current.
+BEAT = (
+    _SPEND
+    + """
+local was = redis.call('HMGET', KEYS[1], 'session', 'state', 'doing')
+if was[1] ~= ARGV[1] then return 0 end
+redis.call('HSET', KEYS[1], 'last_seen', ARGV[2], 'progress', ARGV[3], 'doing', ARGV[4],
+  'token_expires_ms', ARGV[5], 'state', 'alive')
+if ARGV[8] ~= '' then
+  spend(KEYS[3], ARGV[8], KEYS[4], KEYS[5], KEYS[6], tail(11), ARGV[9], ARGV[10])
+end
+if was[2] ~= 'alive' or was[3] ~= ARGV[4] then tell(KEYS[2], ARGV[6], 'client', ARGV[7]) end
+return 1
+"""
+)
+
+# A sign of life without news. KEYS: client. ARGV: session, now, task. 1: the session is current.
+TOUCH = """
+if redis.call('HGET', KEYS[1], 'session') ~= ARGV[1] then return 0 end
+redis.call('HSET', KEYS[1], 'last_seen', ARGV[2], 'task', ARGV[3])
+return 1
+"""

@@ -1,0 +1,337 @@
+"""The coordinator's gRPC service: a method checks, asks the store, and answers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+from fednano.coordinator import keys
+from fednano.coordinator.auth import CLIENTS, READERS, require
+from fednano.coordinator.enrolment import Applicant, Enrolment
+from fednano.coordinator.fields import StoredClient, StoredRound, StoredRun
+from fednano.coordinator.metrics import Metrics
+from fednano.coordinator.records import StoredAdapter
+from fednano.coordinator.store import Store
+from fednano.coordinator.store_members import Spent
+from fednano.coordinator.store_updates import EvaluationMeta, Sender, UpdateMeta
+from fednano.coordinator.strategies import strategy_of
+from fednano.coordinator.submission import (
+    Refused,
+    Rules,
+    checked,
+    metrics_of,
+    receive_head,
+    receive_payload,
+    spent_of,
+)
+from fednano.coordinator.tasks import (
+    RETRY_MS,
+    may_evaluate,
+    membership,
+    next_task,
+    task_label,
+    why_stop,
+)
+from fednano.wire.codec import chunked, pack, spec_of
+from fednano.wire.coordinator_pb2 import (
+    EVALUATOR,
+    TRAINER,
+    AdapterHead,
+    GetAdapterReply,
+    GetAdapterRequest,
+    HeartbeatReply,
+    HeartbeatRequest,
+    JoinReply,
+    JoinRequest,
+    LlmToken,
+    LoginReply,
+    LoginRequest,
+    NextTaskReply,
+    NextTaskRequest,
+    SubmitEvaluationRequest,
+    SubmitHead,
+    SubmitReply,
+    SubmitRequest,
+    Wait,
+)
+from fednano.wire.coordinator_pb2_grpc import CoordinatorServicer
+from fednano.wire.errors import InvalidRequest, NotFound
+from fednano.wire.headers import check_header
+from fednano.wire.interceptors import Context
+from fednano.wire.sessions import Identity, SessionSigner
+from fednano.wire.tensor_pb2 import FP32, Header
+
+log = logging.getLogger(__name__)
+
+_MAX_WAIT_SECONDS = 60.0
+_DOING_LENGTH = 80
+_ROLES = {TRAINER: "trainer", EVALUATOR: "evaluator"}
+_RESULTS = {
+    "accepted": (SubmitReply.ACCEPTED, ""),
+    "duplicate": (SubmitReply.DUPLICATE, "it was accepted before"),
+    "late": (SubmitReply.LATE, "the round has moved on"),
+    "stranger": (SubmitReply.REFUSED, "this client is not in the cohort of that attempt"),
+}
+
+
+class Servicer(CoordinatorServicer):
+    """See proto/coordinator.proto."""
+
+    def __init__(
+        self,
+        store: Store,
+        signer: SessionSigner,
+        metrics: Metrics,
+        max_update_norm: float,
+        message_bytes: int,
+    ) -> None:
+        self._store = store
+        self._signer = signer
+        self._metrics = metrics
+        self._max_norm = max_update_norm
+        self._limit = message_bytes
+        self._enrolment = Enrolment(store)
+        self._closing = False
+
+    def close(self) -> None:
+        """Ends the calls that are being held open."""
+        self._closing = True
+        self._store.database.ring_all()
+
+    async def Join(self, request: JoinRequest, context: Context) -> JoinReply:  # noqa: N802
+        identity = require(CLIENTS)
+        checked_header(request.header)
+        outcome = await self._enrolment.join(request.header.run, _applicant(request, identity))
+        if isinstance(outcome, str):
+            return JoinReply(wait=Wait(retry_after_ms=5 * RETRY_MS, reason=outcome))
+        member = membership(outcome.run, outcome.member)
+        member.llm_token.CopyFrom(self._llm_token(outcome.member.id, identity, outcome.run.name))
+        log.info("client joined", extra={"run": outcome.run.name, "client": outcome.member.id})
+        return JoinReply(member=member)
+
+    async def Login(self, request: LoginRequest, context: Context) -> LoginReply:  # noqa: N802
+        identity = require(CLIENTS)
+        checked_header(request.header)
+        return LoginReply(llm_token=self._llm_token(request.header.client, identity, ""))
+
+    def _llm_token(self, client: str, identity: Identity, run: str) -> LlmToken:
+        token, expires = self._signer.issue(Identity(client, identity.role, run))
+        return LlmToken(token=token, expires_at_ms=expires)
+
+    async def _member(self, header: Header) -> tuple[StoredRun, StoredClient]:
+        """The run and the member that a header speaks for."""
+        identity = require(CLIENTS)
+        checked_header(header)
+        if not header.run or not header.session:
+            raise InvalidRequest.of("header.session", "a session issued by Join", "nothing")
+        run = await self._store.run_store.get(header.run)
+        return run, await self._store.members.current(
+            header.run, header.client, header.session, identity.token_id
+        )
+
+    async def NextTask(self, request: NextTaskRequest, context: Context) -> NextTaskReply:  # noqa: N802
+        """Held open until there is something to do, or the wait is over."""
+        run, client = await self._member(request.header)
+        now = asyncio.get_running_loop().time
+        deadline = now() + min(request.wait_ms / 1000, _MAX_WAIT_SECONDS)
+        touched = -math.inf
+        with self._store.database.bell(run.name) as bell:
+            while True:
+                reply = await next_task(self._store, run, client)
+                left = deadline - now()
+                done = left <= 0 or self._closing or not reply.HasField("wait")
+                if done or now() - touched > self._store.members.client_seconds / 3:
+                    await self._store.members.touch(run.name, client, task_label(reply))
+                    touched = now()
+                if done:
+                    return reply
+                await bell.wait(left)
+                run, client = await self._member(request.header)
+
+    async def GetAdapter(  # noqa: N802
+        self, request: GetAdapterRequest, context: Context
+    ) -> AsyncIterator[GetAdapterReply]:
+        require(READERS)
+        checked_header(request.header)
+        name = request.run or request.header.run
+        number, adapter = await self._find_adapter(name, request)
+        names = sorted(adapter.tensors)
+        specs = [spec_of(tensor, adapter.tensors[tensor], FP32) for tensor in names]
+        yield GetAdapterReply(
+            head=AdapterHead(
+                tensors=specs, scale=adapter.scale, digest=adapter.digest, round=number
+            )
+        )
+        for chunk in chunked(pack(adapter.tensors[tensor], FP32) for tensor in names):
+            yield GetAdapterReply(chunk=chunk)
+
+    async def _find_adapter(
+        self, name: str, request: GetAdapterRequest
+    ) -> tuple[int, StoredAdapter]:
+        """The round and adapter that `request` asks for."""
+        run = await self._store.run_store.get(name)
+        which = request.WhichOneof("which")
+        if which == "digest":
+            adapter = await self._store.adapter(name, request.digest)
+            return await self._store.adapters.round_of(name, request.digest), adapter
+        if which is None:
+            raise InvalidRequest.of("which", "digest, round, best or last", "nothing")
+        numbers = {"round": request.round, "best": run.best_round, "last": run.last_round}
+        number = numbers[which]
+        if number is None:
+            raise NotFound(f"run {name!r} has no {which} round yet")
+        return number, await self._store.adapter_of_round(name, number)
+
+    async def Submit(  # noqa: N802
+        self, stream: AsyncIterator[SubmitRequest], context: Context
+    ) -> SubmitReply:
+        """Nothing is kept before the last chunk has come and everything was checked."""
+        require(CLIENTS)
+        head = await receive_head(stream)
+        run, _ = await self._member(head.header)
+        spent = spent_of(head.costs)
+        payload, digest = await receive_payload(stream, head, self._limit)
+        sender = _sender(head.header)
+        meta = UpdateMeta(head.samples)
+        try:
+            rules = await self._rules(run, sender)
+            meta = replace(meta, metrics=_update_metrics(head))
+            tensors = await asyncio.to_thread(checked, head, payload, digest, rules)
+        except Refused as refused:
+            meta = replace(meta, metrics={})
+            result = await self._store.updates.claim(sender, {}, meta, spent, str(refused))
+            return self._answer(sender, result, spent, str(refused))
+        meta = replace(meta, auxiliary=[spec.name for spec in head.auxiliary])
+        return self._answer(
+            sender, await self._store.updates.claim(sender, tensors, meta, spent), spent
+        )
+
+    async def _rules(self, run: StoredRun, sender: Sender) -> Rules:
+        """Raises Refused where the round has moved on: the store then says late or duplicate."""
+        round_ = await self._store.round_store.get(run.name, sender.round)
+        if round_ is None or round_.attempt != sender.attempt or not round_.base:
+            raise Refused("there is no such attempt of a round")
+        base = await self._store.adapters.get(run, round_.base)
+        return Rules(round_.base, base.tensors, strategy_of(run.config.strategy), self._max_norm)
+
+    def _answer(self, sender: Sender, result: str, spent: Spent, refusal: str = "") -> SubmitReply:
+        value, reason = _RESULTS.get(result, (SubmitReply.REFUSED, refusal))
+        self._metrics.updates.labels("refused" if result == "stranger" else result).inc()
+        if result != "duplicate":
+            self._metrics.spent(spent)
+        log.info(
+            "update",
+            extra={
+                "run": sender.run,
+                "round": sender.round,
+                "client": sender.client,
+                "result": result,
+                "reason": reason,
+            },
+        )
+        return SubmitReply(result=value, reason=reason)
+
+    async def SubmitEvaluation(  # noqa: N802
+        self, request: SubmitEvaluationRequest, context: Context
+    ) -> SubmitReply:
+        run, client = await self._member(request.header)
+        sender, spent = _sender(request.header), spent_of(request.costs)
+        meta = EvaluationMeta(
+            client.role,
+            {item.adapter: item.samples for item in request.evaluations},
+            {item.adapter: metrics_of(item.metrics) for item in request.evaluations},
+        )
+        round_ = await self._store.round_store.get(run.name, sender.round)
+        reason = _evaluation_refusal(run, round_, client, sender, meta)
+        if reason:
+            return SubmitReply(result=SubmitReply.REFUSED, reason=reason)
+        result = await self._store.updates.claim_evaluation(sender, meta, spent)
+        if result == "accepted":
+            self._metrics.spent(spent)
+        value, reason = _RESULTS[result]
+        return SubmitReply(result=value, reason=reason)
+
+    async def Heartbeat(  # noqa: N802
+        self, request: HeartbeatRequest, context: Context
+    ) -> HeartbeatReply:
+        run, client = await self._member(request.header)
+        if not 0 <= request.progress <= 1:
+            raise InvalidRequest.of("progress", "0 to 1", request.progress)
+        header, spent = request.header, spent_of(request.costs)
+        token = self._renewed(client, run.name)
+        told = replace(
+            client,
+            progress=request.progress,
+            doing=request.doing[:_DOING_LENGTH],
+            token_expires_ms=token.expires_at_ms if token else client.token_expires_ms,
+        )
+        await self._store.members.beat(run.name, told, header.round, spent)
+        self._metrics.spent(spent)
+        round_ = await self._store.round_store.get(run.name, run.round)
+        reason = why_stop(run, round_, client, header.round, header.attempt)
+        return HeartbeatReply(stop=bool(reason), reason=reason, llm_token=token)
+
+    def _renewed(self, client: StoredClient, run: str) -> LlmToken | None:
+        """A new token for the LLM service once less than half of the old one's life is left."""
+        left_ms = client.token_expires_ms - self._store.database.clock() * 1000
+        if left_ms >= self._signer.ttl_seconds * 500:
+            return None
+        return self._llm_token(client.id, require(CLIENTS), run)
+
+
+def checked_header(header: Header) -> None:
+    """Also that the client's id can be part of a key. Raises InvalidRequest."""
+    check_header(header)
+    if not keys.CLIENT_ID.match(header.client):
+        raise InvalidRequest.of(
+            "header.client", "1 to 128 letters, digits, '.', '_' or '-'", repr(header.client)
+        )
+
+
+def _applicant(request: JoinRequest, identity: Identity) -> Applicant:
+    if request.role not in _ROLES:
+        raise InvalidRequest.of("role", "TRAINER or EVALUATOR", request.role)
+    if not request.fingerprint:
+        raise InvalidRequest.of("fingerprint", "the model's", "nothing")
+    if not 1 <= request.hidden_size <= 1 << 20:
+        raise InvalidRequest.of("hidden_size", "the LLM's", request.hidden_size)
+    return Applicant(
+        client=request.header.client,
+        role=_ROLES[request.role],
+        samples=request.samples,
+        fingerprint=request.fingerprint,
+        hidden_size=request.hidden_size,
+        version=request.version[:64],
+        token=identity,
+    )
+
+
+def _sender(header: Header) -> Sender:
+    return Sender(header.run, header.client, header.session, header.round, header.attempt)
+
+
+def _update_metrics(head: SubmitHead) -> dict[str, float]:
+    try:
+        return metrics_of(head.metrics)
+    except InvalidRequest as error:
+        raise Refused(error.detail) from None
+
+
+def _evaluation_refusal(
+    run: StoredRun,
+    round_: StoredRound | None,
+    client: StoredClient,
+    sender: Sender,
+    meta: EvaluationMeta,
+) -> str:
+    """Why an evaluation can't be used; "" if it can, or if the store will call it late."""
+    if round_ is None or (round_.number, round_.attempt) != (run.round, sender.attempt):
+        return ""
+    if round_.adapter_digest not in meta.metrics:
+        return f"evaluations: expected one of {round_.adapter_digest}, got {sorted(meta.metrics)}"
+    if round_.state == "evaluating" and not may_evaluate(run, round_, client):
+        return "this client was not asked to evaluate the round"
+    return ""

@@ -1,0 +1,181 @@
+"""Members of a run in Redis: who joined, under which session, and when each was last heard."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from fednano.coordinator import keys
+from fednano.coordinator.database import Commit, Database
+from fednano.coordinator.fields import CLIENT, StoredClient, StoredRun
+from fednano.coordinator.records import ClientRecord
+from fednano.coordinator.store_runs import RunStore
+from fednano.wire.errors import SessionEnded
+
+_GONE = "this session has ended: another process joined under the same client id, or nobody did"
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a client spent: bytes by kind, seconds."""
+
+    sent_bytes: Mapping[str, int] = field(default_factory=dict)
+    received_bytes: Mapping[str, int] = field(default_factory=dict)
+    client_seconds: float = 0.0
+    server_seconds: float = 0.0
+
+    def pairs(self) -> list[str | int]:
+        """sent:<kind> or received:<kind>, bytes."""
+        both = [*_named("sent", self.sent_bytes), *_named("received", self.received_bytes)]
+        return [part for pair in both for part in pair]
+
+    def __bool__(self) -> bool:
+        return bool(self.pairs() or self.client_seconds or self.server_seconds)
+
+
+@dataclass(frozen=True)
+class Presence:
+    """Who was heard lately; not `settled` while signs of life may have been missed."""
+
+    alive: frozenset[str]
+    settled: bool
+
+
+class MemberStore:
+    """Part of the Store."""
+
+    def __init__(self, database: Database, runs: RunStore, client_seconds: float) -> None:
+        self._db = database
+        self._runs = runs
+        self.client_seconds = client_seconds
+
+    async def all(self, name: str) -> list[StoredClient]:
+        """By client id."""
+        found = await self._db.call("SMEMBERS", keys.clients(name))
+        ids = sorted(item.decode() for item in found)
+        hashes = await self._db.hashes([keys.client(name, client) for client in ids])
+        return [self._seen(CLIENT.load(fields)) for fields in hashes if fields]
+
+    async def get(self, name: str, client: str) -> StoredClient | None:
+        found = await self._db.hash(keys.client(name, client))
+        return self._seen(CLIENT.load(found)) if found else None
+
+    def _seen(self, client: StoredClient) -> StoredClient:
+        alive = client.last_seen >= self._db.clock() - self.client_seconds
+        return replace(client, state="alive" if alive else "lost")
+
+    @property
+    def settled(self) -> bool:
+        """Whether everybody who lives has had the time to say so."""
+        return self._db.clock() - self._db.reachable_since >= self.client_seconds
+
+    async def presence(self, name: str) -> Presence:
+        found = [client for client in await self.all(name) if client.state == "alive"]
+        return Presence(frozenset(client.id for client in found), self.settled)
+
+    async def current(self, name: str, client: str, session: str, token_id: str) -> StoredClient:
+        """The client, if this session and token are its present ones. Raises SessionEnded."""
+        found = await self.get(name, client)
+        if found is None or found.session != session or found.token_id != token_id:
+            raise SessionEnded(_GONE)
+        return found
+
+    async def admit(
+        self,
+        before: StoredRun,
+        after: StoredRun,
+        client: StoredClient,
+        replaced: StoredClient | None = None,
+    ) -> StoredClient:
+        """Writes a member under a new session, and the run where joining changes it.
+
+        `replaced` loses its shard and its session. Raises Raced where something has changed.
+        """
+        now = self._db.clock()
+        member = replace(client, session=uuid.uuid4().hex, last_seen=now, state="alive", task="")
+        commit = Commit()
+        if after is before:
+            commit.expect(keys.run(before.name), "version", str(before.version))
+        else:
+            self._runs.change(commit, before, after)
+        if replaced is not None:
+            self._unseat(commit, before.name, replaced)
+        commit.do("SADD", keys.clients(before.name), member.id)
+        commit.set_fields(keys.client(before.name, member.id), CLIENT.dump(member))
+        commit.tell(before.name, "client", CLIENT.public(member))
+        await self._db.commit(commit)
+        return member
+
+    def _unseat(self, commit: Commit, name: str, client: StoredClient) -> None:
+        key = keys.client(name, client.id)
+        commit.expect(key, "session", client.session)
+        commit.expect(key, "last_seen", json.dumps(client.last_seen))
+        gone = replace(client, shard=None, session=f"ended-{client.session}", doing="replaced")
+        commit.set_fields(key, CLIENT.dump(gone)).tell(name, "client", CLIENT.public(gone))
+
+    async def close_enrolment(self, lease: str, before: StoredRun, after: StoredRun) -> StoredRun:
+        """Fixes the members and deals the shards: the index of a member among `after.members`."""
+        commit = Commit(lease)
+        written = self._runs.change(commit, before, after)
+        for shard, client in enumerate(after.members):
+            commit.do("HSET", keys.client(before.name, client), "shard", json.dumps(shard))
+        await self._db.commit(commit)
+        return written
+
+    async def mark_lost(self, lease: str, name: str) -> None:
+        """Tells once of every member that was lost. Raises LeaseLost."""
+        found = await self._db.call("SMEMBERS", keys.clients(name))
+        ids = sorted(item.decode() for item in found)
+        for fields in await self._db.hashes([keys.client(name, client) for client in ids]):
+            stored = CLIENT.load(fields)
+            if stored.state == "lost" or self._seen(stored).state == "alive" or not self.settled:
+                continue
+            key = keys.client(name, stored.id)
+            commit = Commit(lease).expect(key, "last_seen", fields["last_seen"])
+            commit.do("HSET", key, "state", "lost")
+            commit.tell(name, "client", CLIENT.public(replace(stored, state="lost")))
+            await self._db.commit(commit)
+
+    async def touch(self, name: str, client: StoredClient, task: str) -> None:
+        """A sign of life; `task` is what the client is handed. Raises SessionEnded."""
+        arguments = [client.session, json.dumps(self._db.clock()), task]
+        if not await self._db.script("TOUCH", [keys.client(name, client.id)], arguments):
+            raise SessionEnded(_GONE)
+
+    async def beat(self, name: str, client: StoredClient, number: int, spent: Spent) -> None:
+        """Writes what a heartbeat told (`client` carries it). Raises SessionEnded."""
+        now = self._db.clock()
+        told = replace(client, last_seen=now, state="alive")
+        member = keys.ledger_member(number, client.id)
+        names = [
+            keys.client(name, client.id),
+            keys.events(name),
+            keys.ledger_index(name),
+            keys.ledger_row(name, member),
+            keys.ledger_totals(name),
+            keys.round_bytes(name, number),
+        ]
+        arguments = [
+            client.session,
+            json.dumps(now),
+            json.dumps(client.progress),
+            client.doing,
+            client.token_expires_ms,
+            keys.bell(name),
+            CLIENT.public(told),
+            member if spent else "",
+            repr(spent.client_seconds),
+            repr(spent.server_seconds),
+            *spent.pairs(),
+        ]
+        if not await self._db.script("BEAT", names, arguments):
+            raise SessionEnded(_GONE)
+
+    async def records(self, name: str) -> list[ClientRecord]:
+        return [client.public() for client in await self.all(name)]
+
+
+def _named(direction: str, amounts: Mapping[str, int]) -> list[tuple[str, int]]:
+    return [(f"{direction}:{kind}", amount) for kind, amount in sorted(amounts.items())]

@@ -1,0 +1,133 @@
+"""The coordinator is killed (SIGKILL) at every instant that matters, and the run goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fednano.coordinator.records import RoundRecord, RunRecord
+from fednano.coordinator.store import Store
+
+from tests.coordinator.conftest import ADMIN, PRIVATE_KEY
+from tests.coordinator.federation import (
+    Crowd,
+    FakeClient,
+    config_of,
+    evaluator,
+    expected_result,
+    same_bytes,
+)
+from tests.coordinator.killable import Process
+from tests.redis_server import RedisServer, free_port
+
+CLIENTS = ["c0", "c1", "c2"]
+CONFIG = config_of(deterministic=True, round_seconds=60.0)
+STORE = "fednano.coordinator.store_"
+SUBMIT = (f"{STORE}updates:UpdateStore.claim", "after", "1")
+
+
+def settings_for(redis: RedisServer, port: int) -> dict[str, Any]:
+    return {
+        "redis_url": redis.url,
+        "grpc_port": port,
+        "http_port": 0,
+        "admin_token": ADMIN,
+        "session_key": PRIVATE_KEY.decode(),
+        "lease_seconds": 0.5,
+        "client_seconds": 3.0,
+        "drain_seconds": 0.5,
+    }
+
+
+async def create_run(url: str) -> None:
+    store = Store.connect(url)
+    await store.prepare()
+    await store.create_run(CONFIG, "test")
+    await store.close()
+
+
+async def read_run(url: str) -> tuple[RunRecord, list[RoundRecord], dict[str, dict[str, int]]]:
+    store = Store.connect(url)
+    run, (rounds, _) = await store.run("trial"), await store.rounds("trial")
+    totals = await store.ledger_totals("trial")
+    await store.close()
+    return run, rounds, totals
+
+
+def check_result(redis: RedisServer, client: FakeClient) -> None:
+    """The same bytes as an undisturbed run, every update counted once."""
+    client.run = "trial"
+    assert same_bytes(client.adapter(last=True), expected_result(CONFIG, CLIENTS))
+    run, rounds, totals = asyncio.run(read_run(redis.url))
+    assert (run.state, run.last_round) == ("finished", 2)
+    assert [(r.attempt, r.state) for r in rounds] == [(1, "done")] * 3
+    assert totals["sent"] == {"adapters": 600}
+
+
+KILLS = {
+    "while an update arrives": [("fednano.wire.codec:Payload.feed", "before", "1")] * 2,
+    "after each acknowledged update": [SUBMIT] * 6,
+    "around the merge": [
+        (f"{STORE}rounds:RoundStore.freeze", "before", "1"),
+        (f"{STORE}rounds:RoundStore.freeze", "after", "1"),
+        (f"{STORE}updates:UpdateStore.tensors", "after", "2"),
+        (f"{STORE}rounds:RoundStore.publish", "before", "1"),
+        (f"{STORE}rounds:RoundStore.publish", "after", "1"),
+    ],
+    "between the rounds": [
+        (f"{STORE}members:MemberStore.close_enrolment", "after", "1"),
+        (f"{STORE}rounds:RoundStore.start", "after", "1"),
+        (f"{STORE}rounds:RoundStore.open", "after", "1"),
+        (f"{STORE}rounds:RoundStore.enlist", "after", "1"),
+        (f"{STORE}rounds:RoundStore.finish", "before", "1"),
+        (f"{STORE}rounds:RoundStore.finish", "after", "1"),
+    ],
+}
+
+
+@pytest.mark.parametrize("instant", KILLS)
+def test_a_killed_coordinator_is_restarted_and_the_run_ends_in_the_same_bytes(
+    instant: str, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    port = free_port()
+    asyncio.run(create_run(redis_server.url))
+    settings = settings_for(redis_server, port)
+    clients = [FakeClient(port, ADMIN, name) for name in CLIENTS]
+    with Crowd([evaluator(port, ADMIN), *clients]) as crowd:
+        for kill in KILLS[instant]:
+            doomed = Process(settings, tmp_path, *kill)
+            try:
+                doomed.wait_killed()
+            finally:
+                doomed.kill()
+        last = Process(settings, tmp_path)
+        try:
+            crowd.wait()
+            check_result(redis_server, clients[0])
+            last.stop()
+        finally:
+            last.kill()
+
+
+def test_a_twin_takes_over_when_the_leader_is_killed_while_merging(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    first, second = free_port(), free_port()
+    asyncio.run(create_run(redis_server.url))
+    (tmp_path / "twin").mkdir()
+    kill = (f"{STORE}updates:UpdateStore.tensors", "after", "2")
+    leader = Process(settings_for(redis_server, first), tmp_path, *kill)
+    leader.wait_ready()
+    twin = Process(settings_for(redis_server, second), tmp_path / "twin")
+    clients = [FakeClient(first, ADMIN, name, twin=second) for name in CLIENTS]
+    with Crowd(clients) as crowd:
+        try:
+            leader.wait_killed()
+            crowd.wait()
+            check_result(redis_server, clients[0])
+            twin.stop()
+        finally:
+            leader.kill()
+            twin.kill()
