@@ -58,3 +58,13 @@ freeze-contract: install  ## Accept additions to the contract.
 
 clean:  ## Remove environments and caches.
 	@rm -rf $(VENV) $(PROTO_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# --- Containers
+SECRETS ?= secrets
+.PHONY: secrets images
+
+secrets:  ## Passwords, keys and tokens for compose, once. For Kubernetes: SECRETS=k8s/base/secrets
+	@sh docker/make-secrets.sh $(SECRETS)
+
+images:  ## Container images of coordinator, llm and client.
+	@TORCH_INDEX_URL=$(TORCH_INDEX_URL) docker compose build

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import yaml
-from pydantic import ValidationError, model_validator
+from pydantic import SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -21,6 +21,8 @@ from pydantic_settings import (
 
 from fednano.wire.channels import ClientTls, ServerTls
 from fednano.wire.errors import InvalidRequest, Problem
+
+_SHOWN = 80
 
 
 class SecretFiles(PydanticBaseSettingsSource):
@@ -80,16 +82,24 @@ def _unless_in_environment(cls: type[Settings], values: dict[str, Any]) -> dict[
 
 
 def invalid(error: ValidationError) -> InvalidRequest:
-    """Our error for pydantic's, one problem per field."""
+    """Our error for pydantic's, one problem per field. What was given is shown, unless it may hold
+    a secret: whole sections and long values are not."""
     problems = [
         Problem(
             ".".join(str(part) for part in item["loc"]) or "settings",
-            item["msg"],
-            repr(item.get("input")),
+            "a value" if item["type"] == "missing" else item["msg"],
+            "nothing" if item["type"] == "missing" else _shown(item.get("input")),
         )
         for item in error.errors(include_url=False)
     ]
     return InvalidRequest("; ".join(map(str, problems)), *problems)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict | list | SecretStr):
+        return f"a {type(value).__name__}"
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{len(text)} characters"
 
 
 class ListenerTls(Settings):

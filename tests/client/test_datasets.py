@@ -90,3 +90,12 @@ def test_every_bad_line_is_named(folder: Path) -> None:
 def test_a_missing_file_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"gone\.jsonl.*No such file"):
         JsonlDataset.read(tmp_path / "gone.jsonl")
+
+
+def test_the_digits_are_scikit_learns() -> None:
+    from fednano.client.digits import _digits
+    from sklearn.datasets import load_digits
+
+    images, labels = _digits()
+    assert (images == load_digits().images).all()
+    assert (labels == load_digits().target).all()

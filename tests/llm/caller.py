@@ -162,11 +162,13 @@ def generate_request(
             stop_ids=sampling.stop_ids,
         ),
     )
+    sent = [sequences.values]
     if adapter is not None:
-        head.text_adapter.down.CopyFrom(codec.encode(adapter.down.numpy()))
-        head.text_adapter.up.CopyFrom(codec.encode(adapter.up.numpy()))
+        head.text_adapter.down.CopyFrom(codec.spec_of("down", adapter.down.numpy()))
+        head.text_adapter.up.CopyFrom(codec.spec_of("up", adapter.up.numpy()))
         head.text_adapter.scale = adapter.scale
-    return [llm_pb2.GenerateRequest(head=head), *chunks(llm_pb2.GenerateRequest, sequences.values)]
+        sent += [adapter.down, adapter.up]
+    return [llm_pb2.GenerateRequest(head=head), *chunks(llm_pb2.GenerateRequest, *sent)]
 
 
 def tensor_of(spec: TensorSpec, replies: list[Any]) -> torch.Tensor:

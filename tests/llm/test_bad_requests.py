@@ -299,16 +299,11 @@ async def test_a_logits_gradient_fits_the_logits(small, engine):
         ("sampling.temperature", float("nan"), "expected 0 or more, got nan"),
         ("sampling.top_p", 1.5, "sampling.top_p: expected 0 to 1, got 1.5"),
         ("text_adapter.scale", float("inf"), "text_adapter.scale: expected a finite number"),
-        ("text_adapter.down", Tensor(), "text_adapter.down: expected a rank of 1 to 32, got 0"),
+        ("text_adapter.down", TensorSpec(), "text_adapter.down: expected a rank of 1 to 32, got 0"),
         (
             "text_adapter.up",
-            codec.encode(np.zeros((2, 32), "<f4")),
+            codec.spec_of("up", np.zeros((2, 32), "<f4")),
             "text_adapter.up: expected [32, 2], got [2, 32]",
-        ),
-        (
-            "text_adapter.down",
-            codec.encode(np.full((2, 32), np.nan, "<f4")),
-            "text_adapter.down: expected finite numbers",
         ),
     ],
 )
@@ -317,6 +312,13 @@ async def test_bad_sampling_and_adapters_are_refused(small, engine, field, value
     request = generate_request(small.header(), packed(engine), Sampling(4), adapter)
     put(field, value)(request)
     assert says in (await small.failure("Generate", request)).detail
+
+
+async def test_an_adapter_of_other_than_numbers_is_refused(small, engine):
+    adapter = LowRank(torch.full((2, HIDDEN), float("nan")), torch.zeros(HIDDEN, 2), 1.0)
+    request = generate_request(small.header(), packed(engine), Sampling(4), adapter)
+    detail = (await small.failure("Generate", request)).detail
+    assert "text_adapter.down: expected finite numbers" in detail
 
 
 async def test_end_tokens_are_in_the_vocabulary(small, engine):

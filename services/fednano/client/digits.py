@@ -7,16 +7,17 @@ grey levels. The set does not say who wrote which digit, so a writer can be in s
 
 from __future__ import annotations
 
+import importlib.util
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from fednano.client.examples import Example
 
@@ -151,8 +152,14 @@ def _upscaled(pixels: NDArray[np.float64]) -> Image.Image:
 
 @cache
 def _digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    bundle = load_digits()
-    return bundle.images, bundle.target
+    spec = importlib.util.find_spec("sklearn")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(
+            "the built-in digits come with scikit-learn, which is not installed"
+        )
+    # Read beside the package: importing scikit-learn, and SciPy with it, takes seconds.
+    table = np.loadtxt(Path(spec.origin).parent / "datasets/data/digits.csv.gz", delimiter=",")
+    return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
 
 
 @cache

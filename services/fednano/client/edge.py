@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from fednano.models.language_model import IGNORED, LanguageModel, Modality, Segm
 from fednano.models.llava import LlavaFront
 from fednano.models.split import EMBEDDINGS
 from fednano.wire.errors import InvalidRequest
+
+_REMEMBERED = 1 << 16
 
 
 class EmbeddingRows:
@@ -61,6 +64,9 @@ class EdgeHalf:
         self._cache = cache if cache is not None else FeatureCache(self.record.fingerprint)
         table = load_file(directory / EMBEDDINGS)["embeddings"] if self.record.embeddings else None
         self._rows = EmbeddingRows(llm, table)
+        # Private data repeats its questions and answers: each is tokenised once.
+        self._prompt_ids = lru_cache(_REMEMBERED)(self._tokenised_prompt)
+        self._answer_ids = lru_cache(_REMEMBERED)(self._tokenised_answer)
 
     @property
     def tokenizer(self) -> Any:
@@ -79,11 +85,12 @@ class EdgeHalf:
 
         The prompt is the checkpoint's chat template with a turn for the assistant opened.
         """
+        prompt = self._prompt_ids(example.question, len(example.images))
         answer = self._answer_ids(example.answer) if with_answer else []
         features = [self.features(image) for image in example.images]
         parts: list[torch.Tensor] = []
         segments: list[Segment] = []
-        for piece in self._pieces([*self._prompt_ids(example), *answer], features):
+        for piece in self._pieces([*prompt, *answer], features):
             length = sum(s.length for s in segments)
             segments.append(Segment(piece[0], length, len(piece[1])))
             parts.append(piece[1])
@@ -91,23 +98,20 @@ class EdgeHalf:
         labels = [IGNORED] * (len(base) - len(answer)) + answer
         return Prepared(base, tuple(segments), torch.tensor(labels))
 
-    def _prompt_ids(self, example: Example) -> list[int]:
-        content = [{"type": "image"} for _ in example.images]
-        content.append({"type": "text", "text": example.question})
+    def _tokenised_prompt(self, question: str, images: int) -> list[int]:
+        content = [{"type": "image"} for _ in range(images)]
+        content.append({"type": "text", "text": question})
         text = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
         ids: list[int] = self.tokenizer(text)["input_ids"]
-        if ids.count(self._image_token) != len(example.images):
+        found = ids.count(self._image_token)
+        if found != images:
             # A question that spells the image token out would claim an image of its own.
-            raise InvalidRequest.of(
-                f"example {example.id}",
-                f"{len(example.images)} image tokens in the prompt",
-                ids.count(self._image_token),
-            )
+            raise InvalidRequest.of(f"question {question!r}", f"{images} image tokens", found)
         return ids
 
-    def _answer_ids(self, answer: str) -> list[int]:
+    def _tokenised_answer(self, answer: str) -> list[int]:
         ids: list[int] = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
         return [*ids, self.tokenizer.eos_token_id]
 

@@ -240,9 +240,10 @@ class RemoteLanguageModel:
                 stop_ids=sampling.stop_ids,
             ),
         )
+        body = [torch_codec.pack(sequences.values, self._dtype)]
         if text_adapter is not None:
             head.text_adapter.CopyFrom(_low_rank(text_adapter))
-        body = [torch_codec.pack(sequences.values, self._dtype)]
+            body += [torch_codec.pack(t, FP32) for t in (text_adapter.down, text_adapter.up)]
 
         def call(replica: Replica) -> tuple[llm_pb2.GenerateReply, Any]:
             requests = self._stream("Generate", llm_pb2.GenerateRequest, head, body)
@@ -343,7 +344,7 @@ def _tensor(message: Tensor) -> torch.Tensor:
 
 def _low_rank(adapter: LowRank) -> llm_pb2.LowRank:
     return llm_pb2.LowRank(
-        down=codec.encode(adapter.down.numpy()),
-        up=codec.encode(adapter.up.numpy()),
+        down=torch_codec.spec_of("down", adapter.down, FP32),
+        up=torch_codec.spec_of("up", adapter.up, FP32),
         scale=adapter.scale,
     )

@@ -12,7 +12,7 @@ import httpx
 
 import fednano.models
 from fednano.lab.processes import FEDNANO, Processes
-from fednano.lab.redis_server import RedisServer
+from fednano.lab.redis_server import RedisServer, free_port
 from fednano.wire.run_config import RunConfig
 from fednano.wire.sessions import write_keys
 
@@ -45,39 +45,49 @@ class Federation:
         self._model = model
         self.admin_token = secrets.token_urlsafe(32)
         self.halves = directory / "model"
-        self._ports: dict[str, dict[str, int]] = {}
         self._redis = RedisServer(directory / "redis")
+        # Chosen once, so that a service which is started again is found where it was.
+        self._ports = {name: free_port() for name in ("llm", "grpc", "http")}
 
     def start_services(self) -> None:
         """Redis, coordinator and LLM service; returns when all of them serve."""
         self._secret("admin.token", self.admin_token)
         write_keys(self.directory / "keys")
-        self.processes.start("redis", self._redis.command())
-        self.processes.wait_until(self._redis.answers, "the start of Redis")
+        self.start_redis()
         self.start_coordinator()
         self._split()
         self.start_llm()
-        self._ports["coordinator"] = self._ready("coordinator")
-        self._ports["llm"] = self._ready("llm")
+        self.wait_for("coordinator")
+        self.wait_for("llm")
+
+    def start_redis(self) -> None:
+        self.processes.start("redis", self._redis.command())
+        self.processes.wait_until(self._redis.answers, "the start of Redis")
+
+    def wait_for(self, name: str) -> None:
+        """Until the service of that name serves, after each start of it."""
+        ready = self.directory / f"{name}.ready"
+        self.processes.wait_until(ready.exists, f"the start of {name}")
 
     def start_coordinator(self, name: str = "coordinator", **settings: str) -> None:
         """`settings` are further FEDNANO_COORDINATOR_* values."""
         env = {
             "FEDNANO_COORDINATOR_REDIS_URL_FILE": str(self._secret("redis.url", self._redis.url)),
-            "FEDNANO_COORDINATOR_GRPC_PORT": "0",
-            "FEDNANO_COORDINATOR_HTTP_PORT": "0",
+            "FEDNANO_COORDINATOR_GRPC_PORT": str(self._ports["grpc"]),
+            "FEDNANO_COORDINATOR_HTTP_PORT": str(self._ports["http"]),
             "FEDNANO_COORDINATOR_SESSION_KEY_FILE": str(self.directory / "keys/session.key"),
             "FEDNANO_COORDINATOR_READY_FILE": str(self.directory / f"{name}.ready"),
             "FEDNANO_ADMIN_TOKEN_FILE": str(self.directory / "admin.token"),
         }
         env |= {f"FEDNANO_COORDINATOR_{key.upper()}": value for key, value in settings.items()}
+        self._unready(name)
         self.processes.start(name, [*FEDNANO, "coordinator"], {**_ENVIRONMENT, **env})
 
     def start_llm(self, **settings: str) -> None:
         """`settings` are further FEDNANO_LLM_* values."""
         env = {
             "FEDNANO_LLM_MODEL": str(self.halves / "llm"),
-            "FEDNANO_LLM_PORT": "0",
+            "FEDNANO_LLM_PORT": str(self._ports["llm"]),
             "FEDNANO_LLM_METRICS_PORT": "0",
             "FEDNANO_LLM_DEVICE": "cpu",
             "FEDNANO_LLM_DTYPE": "fp32",
@@ -86,6 +96,7 @@ class Federation:
             "FEDNANO_LLM_READY_FILE": str(self.directory / "llm.ready"),
         }
         env |= {f"FEDNANO_LLM_{key.upper()}": value for key, value in settings.items()}
+        self._unready("llm")
         self.processes.start("llm", [*FEDNANO, "llm"], {**_ENVIRONMENT, **env})
 
     def start_client(self, name: str, run: str, role: str = "trainer", **settings: str) -> None:
@@ -108,12 +119,11 @@ class Federation:
 
     @property
     def addresses(self) -> Addresses:
-        coordinator = self._ports["coordinator"]
         return Addresses(
             redis_url=self._redis.url,
-            llm=f"127.0.0.1:{self._ports['llm']['port']}",
-            grpc=f"127.0.0.1:{coordinator['grpc_port']}",
-            http=f"http://127.0.0.1:{coordinator['http_port']}",
+            llm=f"127.0.0.1:{self._ports['llm']}",
+            grpc=f"127.0.0.1:{self._ports['grpc']}",
+            http=f"http://127.0.0.1:{self._ports['http']}",
         )
 
     def rest(self, token: str = "") -> httpx.Client:
@@ -128,7 +138,7 @@ class Federation:
         """A new bearer token."""
         with self.rest() as api:
             reply = api.post("tokens", json={"role": role, "name": name}).raise_for_status()
-        token: str = reply.json()["token"]
+        token: str = reply.json()["secret"]
         return token
 
     def create_run(self, config: RunConfig) -> None:
@@ -140,8 +150,8 @@ class Federation:
         command = [*FEDNANO, "split", str(self._model), "--out", str(self.halves), "--json"]
         self.processes.run("split", command, _ENVIRONMENT)
 
-    def _ready(self, name: str) -> dict[str, int]:
-        return self.processes.ready_file(self.directory / f"{name}.ready", f"the start of {name}")
+    def _unready(self, name: str) -> None:
+        (self.directory / f"{name}.ready").unlink(missing_ok=True)
 
     def _secret(self, name: str, value: str) -> Path:
         path = self.directory / name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -35,8 +34,6 @@ class TookTooLong(Exception):
 @dataclass
 class Process:
     name: str
-    command: Sequence[str]
-    env: Mapping[str, str]
     log: Path
     running: subprocess.Popen[bytes]
 
@@ -73,7 +70,7 @@ class Processes:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches us alone, and we end them in order
             )
-        self._processes[name] = Process(name, command, env or {}, log, running)
+        self._processes[name] = Process(name, log, running)
 
     def run(self, name: str, command: Sequence[str], env: Mapping[str, str]) -> None:
         """Runs `command` to its end. Raises ProcessFailed unless it succeeds."""
@@ -83,22 +80,13 @@ class Processes:
         if status:
             raise ProcessFailed(name, status, process.log)
 
-    def restart(self, name: str) -> None:
-        """The same command again, after the process has ended."""
-        process = self._processes[name]
-        process.running.wait(timeout=30)
-        self.start(name, process.command, process.env)
-
-    def pid(self, name: str) -> int:
-        return self._processes[name].running.pid
-
     def status(self, name: str) -> int | None:
         """The exit status, or None while it runs."""
         return self._processes[name].running.poll()
 
     def kill(self, name: str) -> None:
-        """SIGKILL, and waits until it is gone."""
-        running = self._processes[name].running
+        """SIGKILL, waits until it is gone, and forgets it."""
+        running = self._processes.pop(name).running
         running.send_signal(signal.SIGKILL)
         running.wait(timeout=30)
 
@@ -117,12 +105,6 @@ class Processes:
             if time.monotonic() > deadline:
                 raise TookTooLong(f"{what} took longer than {seconds:.0f} s")
             time.sleep(0.05)
-
-    def ready_file(self, path: Path, what: str) -> dict[str, int]:
-        """The ports that a service wrote once it was serving."""
-        self.wait_until(path.exists, what)
-        found: dict[str, int] = json.loads(path.read_text())
-        return found
 
     def stop_all(self, seconds: float = 8) -> None:
         """SIGTERM to the last started first, then SIGKILL to whoever is still there."""

@@ -24,6 +24,7 @@ from fednano.wire.interceptors import Context, caller
 from fednano.wire.tensor_pb2 import DType, Header, TensorSpec
 
 T = TypeVar("T")
+D = TypeVar("D")
 M = TypeVar("M", bound=Message)
 COMPUTING_ROLES = ("site", "admin")
 
@@ -83,9 +84,7 @@ class Exchange:
         """A stream's first message, admitted."""
         head = await incoming.head()
         self.admit(head.header)
-        adapter = head.text_adapter.ByteSize() if hasattr(head, "text_adapter") else 0
-        self._metrics.received("adapters", adapter)
-        self._metrics.received("control", head.ByteSize() - adapter)
+        self._metrics.received("control", head.ByteSize())
         return head
 
     async def payload(
@@ -100,8 +99,12 @@ class Exchange:
     async def sequences(self, incoming: Incoming, embeddings: Announced) -> Sequences:
         """The announced embeddings, checked off the event loop."""
         (data,) = await self.payload(incoming, [embeddings.spec], ["embeddings"])
+        return await self.checked(embeddings.sequences, data)
+
+    async def checked(self, read: Callable[[D], T], data: D) -> T:
+        """`read(data)` off the event loop."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._checkers, embeddings.sequences, data)
+        return await loop.run_in_executor(self._checkers, read, data)
 
     async def compute(self, rpc: str, work: Callable[[], T]) -> tuple[T, Job[T]]:
         """What `work` returns, once it was its turn on the device."""

@@ -221,16 +221,43 @@ def sampling(message: llm_pb2.Sampling, limits: Limits) -> Sampling:
     )
 
 
-def low_rank(message: llm_pb2.LowRank, limits: Limits) -> LowRank:
-    """The text adapter: A [rank, hidden], B [hidden, rank]."""
-    rank = message.down.shape[0] if message.down.shape else 0
+@dataclass(frozen=True)
+class Prompt:
+    """What Generate starts from: embeddings and, where there is one, the text adapter."""
+
+    embeddings: Announced
+    adapter: llm_pb2.LowRank | None
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """In the order in which their bytes come."""
+        more = [self.adapter.down, self.adapter.up] if self.adapter else []
+        return [self.embeddings.spec, *more]
+
+    def read(self, data: Sequence[memoryview]) -> tuple[Sequences, LowRank | None]:
+        """Raises BadTensor."""
+        sequences = self.embeddings.sequences(data[0])
+        if self.adapter is None:
+            return sequences, None
+        down = floats("text_adapter.down", self.adapter.down, data[1])
+        up = floats("text_adapter.up", self.adapter.up, data[2])
+        return sequences, LowRank(down, up, self.adapter.scale)
+
+
+def prompt(head: llm_pb2.GenerateHead, limits: Limits) -> Prompt:
+    """The first message of Generate; the adapter is A [rank, hidden], B [hidden, rank]."""
+    embeddings = announced(head.embeddings, limits)
+    if not head.HasField("text_adapter"):
+        return Prompt(embeddings, None)
+    adapter = head.text_adapter
+    rank = adapter.down.shape[0] if adapter.down.shape else 0
     if not 1 <= rank <= limits.hidden:
         raise InvalidRequest.of("text_adapter.down", f"a rank of 1 to {limits.hidden}", rank)
-    if not math.isfinite(message.scale):
-        raise InvalidRequest.of("text_adapter.scale", "a finite number", message.scale)
-    down = small_floats("text_adapter.down", message.down, (rank, limits.hidden))
-    up = small_floats("text_adapter.up", message.up, (limits.hidden, rank))
-    return LowRank(down, up, message.scale)
+    if not math.isfinite(adapter.scale):
+        raise InvalidRequest.of("text_adapter.scale", "a finite number", adapter.scale)
+    check_spec("text_adapter.down", adapter.down, (rank, limits.hidden))
+    check_spec("text_adapter.up", adapter.up, (limits.hidden, rank))
+    return Prompt(embeddings, adapter)
 
 
 def reply_dtype(field: str, dtype: DType) -> DType:

@@ -13,10 +13,10 @@ from fednano import __version__
 from fednano.llm import requests
 from fednano.llm.exchange import Exchange, Packed, authorise
 from fednano.llm.incoming import Incoming
-from fednano.llm.metrics import Metrics
+from fednano.llm.metrics import Kind, Metrics
 from fednano.llm.worker import Job, Worker
 from fednano.models.frozen import FrozenLLM
-from fednano.models.language_model import NewToken, Sequences, StepResult
+from fednano.models.language_model import NewToken, StepResult
 from fednano.wire import codec, llm_pb2, llm_pb2_grpc, torch_codec
 from fednano.wire.channels import PROTOCOL
 from fednano.wire.errors import BadTensor, InvalidRequest, Unsupported
@@ -166,15 +166,12 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
         with self._metrics.request("Generate"):
             incoming = Incoming(request_iterator)
             head: llm_pb2.GenerateHead = await self._exchange.head(incoming)
-            embeddings = requests.announced(head.embeddings, self._limits)
+            asked = requests.prompt(head, self._limits)
             sampling = requests.sampling(head.sampling, self._limits)
-            adapter = (
-                requests.low_rank(head.text_adapter, self._limits)
-                if head.HasField("text_adapter")
-                else None
-            )
-            sequences: Sequences = await self._exchange.sequences(incoming, embeddings)
-            self._metrics.tokens("Generate", embeddings.tokens)
+            kinds: list[Kind] = ["embeddings", "adapters", "adapters"]
+            data = await self._exchange.payload(incoming, asked.specs, kinds)
+            sequences, adapter = await self._exchange.checked(asked.read, data)
+            self._metrics.tokens("Generate", asked.embeddings.tokens)
             job = self._exchange.stream(
                 context, lambda: self._engine.generate(sequences, sampling, adapter)
             )

@@ -31,6 +31,8 @@ _CLIENT = (
 _SERVER = (
     *_COMMON,
     ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_time_ms", 60_000),  # callers that vanished are noticed
+    ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
 )

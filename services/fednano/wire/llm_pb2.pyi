@@ -362,10 +362,10 @@ class LowRank(_message.Message):
     DOWN_FIELD_NUMBER: _ClassVar[int]
     UP_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
-    down: _tensor_pb2.Tensor
-    up: _tensor_pb2.Tensor
+    down: _tensor_pb2.TensorSpec
+    up: _tensor_pb2.TensorSpec
     scale: float
-    def __init__(self, down: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., up: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., scale: _Optional[float] = ...) -> None: ...
+    def __init__(self, down: _Optional[_Union[_tensor_pb2.TensorSpec, _Mapping]] = ..., up: _Optional[_Union[_tensor_pb2.TensorSpec, _Mapping]] = ..., scale: _Optional[float] = ...) -> None: ...
 
 class GenerateReply(_message.Message):
     __slots__ = ("tokens", "spent")

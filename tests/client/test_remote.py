@@ -1,0 +1,179 @@
+"""The LLM behind gRPC gives what the same LLM gives in this process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from fednano.client.adapters import NanoAdapters
+from fednano.client.batches import Batch
+from fednano.client.edge import EdgeHalf, NanoEdge
+from fednano.client.examples import Example
+from fednano.client.losses import client_side_step, predicting_positions
+from fednano.client.meter import Meter
+from fednano.client.remote import RemoteLanguageModel
+from fednano.client.trainer import Trainer
+from fednano.models.frozen import FrozenLLM
+from fednano.models.language_model import Modality, Sampling
+from fednano.wire.errors import BadTensor, InvalidRequest, Unavailable
+from fednano.wire.tensor_pb2 import BF16, FP16, INT8, DType
+
+from tests.client.serving import Served, remote, served
+
+WEIGHTS = torch.tensor([0.5, 0.3, 0.2])
+
+
+@pytest.fixture(scope="module")
+def port(frozen: FrozenLLM) -> Iterator[int]:
+    with served(frozen) as service:
+        yield service.port
+
+
+@pytest.fixture
+def llm(port: int) -> Iterator[RemoteLanguageModel]:
+    with remote(port) as model:
+        yield model
+
+
+@pytest.fixture
+def batch(edge: EdgeHalf, examples: list[Example]) -> Batch:
+    return Batch.of([edge.prepare(example) for example in examples])
+
+
+@pytest.fixture
+def hidden(batch: Batch, adapters: NanoAdapters) -> torch.Tensor:
+    return NanoEdge(adapters)(batch).detach()
+
+
+def test_a_step_is_the_same(
+    llm: RemoteLanguageModel, frozen: FrozenLLM, batch: Batch, hidden: torch.Tensor
+) -> None:
+    arguments = batch.sequences(hidden), batch.labels, WEIGHTS
+    found, wanted = llm.step(*arguments), frozen.step(*arguments)
+    assert torch.equal(found.gradient, wanted.gradient)
+    assert torch.equal(found.loss_sums, wanted.loss_sums)
+    assert found.token_counts.tolist() == wanted.token_counts.tolist()
+
+
+def test_a_score_is_the_same(
+    llm: RemoteLanguageModel, frozen: FrozenLLM, batch: Batch, hidden: torch.Tensor
+) -> None:
+    found = llm.score(batch.sequences(hidden), batch.labels)
+    wanted = frozen.score(batch.sequences(hidden), batch.labels)
+    assert torch.equal(found.loss_sums, wanted.loss_sums)
+    assert torch.equal(found.correct_counts, wanted.correct_counts)
+
+
+def test_client_side_loss_is_the_same(
+    llm: RemoteLanguageModel, frozen: FrozenLLM, batch: Batch, hidden: torch.Tensor
+) -> None:
+    arguments = batch.sequences(hidden), batch.labels, WEIGHTS
+    found, wanted = client_side_step(llm, *arguments), frozen.step(*arguments)
+    torch.testing.assert_close(found.gradient, wanted.gradient, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found.loss_sums, wanted.loss_sums, rtol=1e-5, atol=1e-6)
+
+
+def test_a_lost_activation_is_computed_again(
+    llm: RemoteLanguageModel, frozen: FrozenLLM, batch: Batch, hidden: torch.Tensor
+) -> None:
+    sequences, positions = (
+        batch.sequences(hidden),
+        predicting_positions(batch.sequences(hidden), batch.labels),
+    )
+    first = llm.forward(sequences, positions)
+    gradient = torch.randn(first.logits.shape)
+    kept = llm.backward(first.activation, gradient, sequences, positions)
+    again = llm.backward(first.activation, gradient, sequences, positions)
+    gone = llm.backward("elsewhere/7", gradient, sequences, positions)
+    assert torch.equal(kept, again)
+    assert torch.equal(kept, gone)
+
+
+def test_generation_is_the_same(
+    port: int, trainer: Trainer, adapters: NanoAdapters, examples: list[Example]
+) -> None:
+    sampling = Sampling(max_new_tokens=12)
+    with remote(port) as llm:
+        found = replace(trainer, llm=llm).answers(adapters, examples, sampling)
+    assert found == trainer.answers(adapters, examples, sampling)
+    assert any(len(answer.split()) > 2 for answer in found)
+
+
+def test_embedding_rows_are_the_same(llm: RemoteLanguageModel, frozen: FrozenLLM) -> None:
+    ids = torch.tensor([5, 9, 5])
+    assert torch.equal(llm.embed(ids), frozen.embed(ids))
+
+
+@pytest.mark.parametrize(("dtype", "off"), [(FP16, 1e-3), (BF16, 2e-2), (INT8, 5e-2)])
+def test_narrow_wires_are_close(
+    port: int,
+    frozen: FrozenLLM,
+    batch: Batch,
+    hidden: torch.Tensor,
+    dtype: DType,
+    off: float,
+) -> None:
+    wanted = frozen.step(batch.sequences(hidden), batch.labels, WEIGHTS).gradient
+    with remote(port, wire_dtype=dtype) as llm:
+        found = llm.step(batch.sequences(hidden), batch.labels, WEIGHTS).gradient
+    assert 0 < (found - wanted).norm() / wanted.norm() < off
+
+
+def test_what_is_wrong_comes_back_by_name(
+    llm: RemoteLanguageModel, batch: Batch, hidden: torch.Tensor
+) -> None:
+    broken = hidden.clone()
+    broken[3, 3] = float("nan")
+    with pytest.raises(InvalidRequest, match="finite"):
+        llm.step(batch.sequences(broken), batch.labels, WEIGHTS)
+    with pytest.raises((BadTensor, InvalidRequest), match="expected .*128"):
+        llm.step(batch.sequences(hidden[:, :64].contiguous()), batch.labels, WEIGHTS)
+
+
+def test_bytes_are_counted_by_kind(port: int, batch: Batch, hidden: torch.Tensor) -> None:
+    meter = Meter()
+    with remote(port, meter=meter) as llm:
+        meter.take()
+        llm.step(batch.sequences(hidden), batch.labels, WEIGHTS)
+    costs = meter.take()
+    assert costs.sent_bytes["embeddings"] == hidden.numel() * 4
+    assert costs.received_bytes["gradients"] == hidden.numel() * 4
+    assert costs.sent_bytes["control"] > 0
+    assert costs.server_seconds > 0
+
+
+def test_a_restarted_service_fails_no_client(
+    frozen: FrozenLLM, batch: Batch, hidden: torch.Tensor
+) -> None:
+    service = Served(frozen)
+    arguments = batch.sequences(hidden), batch.labels, WEIGHTS
+    with remote(service.port) as llm:
+        before = llm.step(*arguments)
+        service.stop()
+        again: list[Served] = []
+        thread = threading.Thread(
+            target=lambda: (time.sleep(1), again.append(Served(frozen, service.port)))
+        )
+        thread.start()
+        after = llm.step(*arguments)
+        thread.join()
+    again[0].stop()
+    assert torch.equal(before.gradient, after.gradient)
+
+
+def test_patience_has_an_end(frozen: FrozenLLM, batch: Batch, hidden: torch.Tensor) -> None:
+    service = Served(frozen)
+    with remote(service.port, retry_seconds=0.5) as llm:
+        service.stop()
+        with pytest.raises(Unavailable):
+            llm.step(batch.sequences(hidden), batch.labels, WEIGHTS)
+
+
+def test_the_text_adapter_has_work_to_do(adapters: NanoAdapters) -> None:
+    text = adapters.of(Modality.TEXT)
+    assert text is not None
+    assert text.low_rank()(torch.ones(1, 128)).sub(1).abs().max() > 0.1

@@ -1,0 +1,178 @@
+"""The whole system under fire, and everything that a person does with it afterwards."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from fednano.client.digits import load_split
+from fednano.lab.federation import TINY_MODEL, Federation
+from fednano.lab.processes import FEDNANO
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+from tests.lab.conftest import adapter_of, environment, small_run, state_of, wait_for
+
+pytestmark = pytest.mark.timeout(400)
+MEMBERS = ("client-1", "client-2", "evaluator")
+
+
+def start_members(federation: Federation, run: str) -> None:
+    federation.start_client("evaluator", run, "evaluator", once="true")
+    for name in ("client-1", "client-2"):
+        federation.start_client(name, run, once="true")
+
+
+def wait_for_end(federation: Federation, run: str) -> None:
+    wait_for(lambda: state_of(federation, run) in ("finished", "failed"), f"run {run}", 240)
+    assert state_of(federation, run) == "finished"
+    wait_for(
+        lambda: all(federation.processes.status(name) is not None for name in MEMBERS),
+        "the end of the clients",
+    )
+    assert [federation.processes.status(name) for name in MEMBERS] == [0, 0, 0]
+
+
+def training_now(federation: Federation, run: str, number: int) -> bool:
+    """Whether a client is in the middle of a round's training."""
+    with federation.rest() as api:
+        record = api.get(f"runs/{run}").json()
+        clients = api.get(f"runs/{run}/clients").json()["items"]
+    return record["round"] >= number and any(c["doing"].startswith("training") for c in clients)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(federation: Federation) -> dict[str, bytes]:
+    """The last adapter of a run that nothing happens to."""
+    federation.create_run(small_run("undisturbed"))
+    start_members(federation, "undisturbed")
+    wait_for_end(federation, "undisturbed")
+    return adapter_of(federation, "undisturbed", 3)
+
+
+def test_killing_every_service_in_turn_changes_no_byte(
+    federation: Federation, undisturbed: dict[str, bytes]
+) -> None:
+    federation.create_run(small_run("disturbed"))
+    start_members(federation, "disturbed")
+    wait_for(lambda: training_now(federation, "disturbed", 1), "round 1")
+    federation.processes.kill("llm")
+    federation.start_llm()
+    federation.wait_for("llm")
+    wait_for(lambda: training_now(federation, "disturbed", 2), "round 2")
+    federation.processes.kill("coordinator")
+    federation.start_coordinator()
+    federation.wait_for("coordinator")
+    wait_for(lambda: training_now(federation, "disturbed", 3), "round 3")
+    federation.processes.kill("redis")
+    federation.start_redis()
+    wait_for_end(federation, "disturbed")
+    assert adapter_of(federation, "disturbed", 3) == undisturbed
+
+
+def test_the_ledger_knows_every_kind(federation: Federation, undisturbed: dict[str, bytes]) -> None:
+    with federation.rest() as api:
+        totals = api.get("runs/undisturbed/ledger").json()["totals"]
+    assert totals["sent"].keys() >= {"embeddings", "adapters", "control"}
+    assert totals["received"].keys() >= {"gradients", "adapters", "control"}
+    tensors = 4 * 16 * 128 * 4
+    assert totals["sent"]["adapters"] == 2 * 3 * 2 * tensors  # clients, rounds, with Fisher
+
+
+def command(federation: Federation, *arguments: str) -> str:
+    """What a `fednano` command prints; it must succeed."""
+    done = subprocess.run(
+        [*FEDNANO, *arguments],
+        env=environment(federation),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "digit.png"
+    load_split("test")[0].image.save(path)
+    return path
+
+
+def test_ask_answers_as_the_exported_adapter_does(
+    federation: Federation, undisturbed: dict[str, bytes], picture: Path, tmp_path: Path
+) -> None:
+    question = "What digit is this?"
+    said = command(federation, "ask", question, "--image", str(picture), "--run", "undisturbed",
+                   "--round", "3")  # fmt: skip
+    out = tmp_path / "peft"
+    command(federation, "export", "--run", "undisturbed", "--round", "3", "--model",
+            str(TINY_MODEL), "--out", str(out))  # fmt: skip
+    assert said.strip() == answer_of_stock_peft(out, question)
+
+
+def answer_of_stock_peft(adapter: Path, question: str) -> str:
+    import warnings
+
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(TINY_MODEL)
+    stock = AutoModelForImageTextToText.from_pretrained(TINY_MODEL, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*ensure_weight_tying.*")
+        peft = PeftModel.from_pretrained(stock, str(adapter)).eval()
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    inputs = processor(text=text, images=[load_split("test")[0].image], return_tensors="pt")
+    ids = peft.generate(**inputs, max_new_tokens=16, do_sample=False)
+    answer: str = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answer.strip()
+
+
+def test_ask_without_a_run_asks_the_stock_model(federation: Federation, picture: Path) -> None:
+    printed = command(federation, "ask", "Is the digit even?", "--image", str(picture), "--json")
+    assert json.loads(printed)["answer"] in ("yes", "no")
+
+
+def test_client_check_says_what_would_leave(federation: Federation, undisturbed: dict[str, bytes]) -> None:
+    report = json.loads(command(federation, "client", "check", "--json"))
+    assert report["ok"]
+    outflow = {row["kind"]: row["bytes"] for row in report["outflow"]}
+    assert outflow["images"] == 0
+    assert outflow["adapters"] == 4 * 16 * 128 * 4
+    assert outflow["embeddings"] > 16 * 16 * 128 * 4
+
+
+def test_client_check_names_what_is_wrong(federation: Federation, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.token"
+    wrong.write_text("fn_wrong")
+    done = subprocess.run(
+        [*FEDNANO, "client", "check", "--token-file", str(wrong), "--data", "gone.jsonl"],
+        env=environment(federation),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "bad data: gone.jsonl" in done.stdout
+    assert "bad coordinator, token, TLS: a valid bearer token is required" in done.stdout
+
+
+def test_a_killed_client_does_not_hold_the_round(federation: Federation) -> None:
+    config = small_run("lossy", deterministic=False, min_clients=1, rounds=1, round_seconds=20.0)
+    federation.create_run(config)
+    start_members(federation, "lossy")
+    wait_for(lambda: training_now(federation, "lossy", 1), "round 1")
+    federation.processes.kill("client-2")
+    wait_for(lambda: state_of(federation, "lossy") in ("finished", "failed"), "the run", 90)
+    with federation.rest() as api:
+        record = api.get("runs/lossy/rounds/1").json()
+    assert record["state"] == "done"
+    assert "client-1" in record["clients"]["submitted"]
