@@ -22,6 +22,7 @@ from fednano.runs_watch import client_table, round_table, state, watch
 from fednano.settings import invalid
 from fednano.wire.errors import FedNanoError, InvalidRequest
 from fednano.wire.run_config import RunConfig
+from fednano.wire.sessions import write_keys
 
 runs_app = typer.Typer(help="Create, watch and steer runs.", no_args_is_help=True)
 tokens_app = typer.Typer(help="Make and revoke access tokens.", no_args_is_help=True)
@@ -327,6 +328,17 @@ def create_token(
     else:
         typer.echo(f"token {token['id']} for {token['name']} ({token['role']}):", err=True)
         typer.echo(token["secret"])
+
+
+@tokens_app.command("keys")
+def make_keys(
+    out: Annotated[Path, typer.Option(help="Directory for session.key and session.pub.")],
+) -> None:
+    """Make the key pair of sessions: the coordinator signs with one, LLM services check with the
+    other. Keys that are there already are kept."""
+    private, public = write_keys(out)
+    typer.echo(f"{private}: for coordinators, keep it secret")
+    typer.echo(f"{public}: for LLM services")
 
 
 @tokens_app.command("list")

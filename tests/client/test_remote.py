@@ -130,7 +130,7 @@ def test_what_is_wrong_comes_back_by_name(
     broken[3, 3] = float("nan")
     with pytest.raises(InvalidRequest, match="finite"):
         llm.step(batch.sequences(broken), batch.labels, WEIGHTS)
-    with pytest.raises((BadTensor, InvalidRequest), match="expected .*128"):
+    with pytest.raises((BadTensor, InvalidRequest), match=r"expected .*128"):
         llm.step(batch.sequences(hidden[:, :64].contiguous()), batch.labels, WEIGHTS)
 
 

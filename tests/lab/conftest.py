@@ -23,7 +23,7 @@ def small_run(name: str, **changes: object) -> RunConfig:
         "rounds": 3,
         "deterministic": True,
         "round_seconds": 120,
-        "data": {"limit": 60, "evaluation_limit": 8},
+        "data": {"limit": 150, "evaluation_limit": 8},
         **changes,
     }
     return RunConfig.model_validate(body)

@@ -36,12 +36,11 @@ def wait_for_end(federation: Federation, run: str) -> None:
     assert [federation.processes.status(name) for name in MEMBERS] == [0, 0, 0]
 
 
-def training_now(federation: Federation, run: str, number: int) -> bool:
-    """Whether a client is in the middle of a round's training."""
+def collecting(federation: Federation, run: str, number: int) -> bool:
+    """Whether a round is in the clients' hands, or past that."""
     with federation.rest() as api:
-        record = api.get(f"runs/{run}").json()
-        clients = api.get(f"runs/{run}/clients").json()["items"]
-    return record["round"] >= number and any(c["doing"].startswith("training") for c in clients)
+        reply = api.get(f"runs/{run}/rounds/{number}")
+    return reply.status_code == 200 and reply.json()["state"] not in ("open", "failed")
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +57,15 @@ def test_killing_every_service_in_turn_changes_no_byte(
 ) -> None:
     federation.create_run(small_run("disturbed"))
     start_members(federation, "disturbed")
-    wait_for(lambda: training_now(federation, "disturbed", 1), "round 1")
+    wait_for(lambda: collecting(federation, "disturbed", 1), "round 1")
     federation.processes.kill("llm")
     federation.start_llm()
     federation.wait_for("llm")
-    wait_for(lambda: training_now(federation, "disturbed", 2), "round 2")
+    wait_for(lambda: collecting(federation, "disturbed", 2), "round 2")
     federation.processes.kill("coordinator")
     federation.start_coordinator()
     federation.wait_for("coordinator")
-    wait_for(lambda: training_now(federation, "disturbed", 3), "round 3")
+    wait_for(lambda: collecting(federation, "disturbed", 3), "round 3")
     federation.processes.kill("redis")
     federation.start_redis()
     wait_for_end(federation, "disturbed")
@@ -140,7 +139,9 @@ def test_ask_without_a_run_asks_the_stock_model(federation: Federation, picture:
     assert json.loads(printed)["answer"] in ("yes", "no")
 
 
-def test_client_check_says_what_would_leave(federation: Federation, undisturbed: dict[str, bytes]) -> None:
+def test_client_check_says_what_would_leave(
+    federation: Federation, undisturbed: dict[str, bytes]
+) -> None:
     report = json.loads(command(federation, "client", "check", "--json"))
     assert report["ok"]
     outflow = {row["kind"]: row["bytes"] for row in report["outflow"]}
@@ -169,7 +170,7 @@ def test_a_killed_client_does_not_hold_the_round(federation: Federation) -> None
     config = small_run("lossy", deterministic=False, min_clients=1, rounds=1, round_seconds=20.0)
     federation.create_run(config)
     start_members(federation, "lossy")
-    wait_for(lambda: training_now(federation, "lossy", 1), "round 1")
+    wait_for(lambda: collecting(federation, "lossy", 1), "round 1")
     federation.processes.kill("client-2")
     wait_for(lambda: state_of(federation, "lossy") in ("finished", "failed"), "the run", 90)
     with federation.rest() as api:

@@ -66,7 +66,7 @@ def test_a_split_may_be_repeated_but_overwrites_nothing_else(tmp_path: Path) -> 
 def test_what_is_no_checkpoint_is_said_so(tmp_path: Path, halves: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"expected config\.json and \*\.safetensors"):
         split(tmp_path, tmp_path / "out")
-    with pytest.raises(InvalidRequest, match="expected one of llava, got 'llama'|got llama"):
+    with pytest.raises(InvalidRequest, match="expected one of llava, got llama"):
         split(halves / "llm", tmp_path / "out")
 
 

@@ -57,7 +57,6 @@ class StoredRun(RunRecord):
     version: int = 0
     enrol_until: float = 0.0
     hidden_size: int = 0  # of the LLM, from the first member
-    fingerprint: str = ""
     best_accuracy: float | None = None
     resume_to: str = ""  # the state that a pause interrupted
 
@@ -96,7 +95,7 @@ def _narrow(cls: type[T], record: Any) -> T:
 
 
 _RUN_EXTRAS = ("version", "enrol_until", "hidden_size", "best_accuracy", "resume_to")
-RUN = Fields(StoredRun, hidden=("config", "fingerprint", *_RUN_EXTRAS))
+RUN = Fields(StoredRun, hidden=("config", *_RUN_EXTRAS))
 ROUND = Fields(StoredRound, hidden=("version", "base", "evaluators"))
 _CLIENT_EXTRAS = ("session", "token_id", "token_name", "token_expires_ms", "task")
 CLIENT = Fields(StoredClient, hidden=_CLIENT_EXTRAS)

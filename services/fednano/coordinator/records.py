@@ -52,6 +52,7 @@ class RunRecord:
     best_round: int | None = None  # by the evaluator's accuracy
     last_round: int | None = None  # the newest finished one
     failure: str = ""
+    fingerprint: str = ""  # of the model; empty until the first member joined
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class RoundRecord:
     own: dict[str, dict[str, float]] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)  # by kind, both directions
     adapter_digest: str = ""
-    failure: str = ""
+    failure: str = ""  # why it failed or, of a later attempt, why the one before did
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ class RunReply(_Reply):
     best_round: int | None = Field(description="by the evaluator's accuracy")
     last_round: int | None = Field(description="newest finished one")
     failure: str = Field(description="why it failed; empty otherwise")
+    fingerprint: str = Field(description="of the model; empty until the first member joined")
 
 
 class RunPage(_Reply):
@@ -66,7 +67,9 @@ class RoundReply(_Reply):
     own: dict[str, dict[str, float]] = Field(description="each client's on its own data")
     bytes: ByKind
     adapter_digest: str = Field(description="empty until the round is merged")
-    failure: str = Field(description="why the round failed; empty otherwise")
+    failure: str = Field(
+        description="why it failed or, of a later attempt, why the one before did; else empty"
+    )
 
 
 class RoundPage(_Reply):

@@ -142,25 +142,25 @@ class Rounds:
     async def _next_round(self, run: StoredRun, done: StoredRound) -> float:
         if run.state is RunState.PAUSED:
             return _LOOK
-        return await self._open(run, done, done.number + 1, 1, done.adapter_digest)
+        return await self._open(run, done, done.number + 1, done.adapter_digest)
 
     async def _next_attempt(self, run: StoredRun, failed: StoredRound) -> float:
         if run.state is RunState.PAUSED:
             return _LOOK
-        return await self._open(run, failed, failed.number, failed.attempt + 1, failed.base)
+        return await self._open(run, failed, failed.number, failed.base)
 
-    async def _open(
-        self, run: StoredRun, before: StoredRound, number: int, attempt: int, base: str
-    ) -> float:
-        now = self._now()
+    async def _open(self, run: StoredRun, before: StoredRound, number: int, base: str) -> float:
+        """A new round, or another attempt of one, which remembers why the last one failed."""
+        now, again = self._now(), before.number == number
         opened = StoredRound(
             number=number,
-            attempt=attempt,
+            attempt=before.attempt + 1 if again else 1,
             state=RoundState.OPEN,
             opened_at=now,
             deadline=now + run.config.round_seconds,
             strategy=run.config.strategy.name,
             base=base,
+            failure=before.failure if again else "",
         )
         await self.store.round_store.open(self.lease, run, before, opened)
         return 0

@@ -186,7 +186,8 @@ The test split of the handwriting decided nothing.
 
 ## What it can do
 Greedy answers that are right word for word. Held-out fonts: every fitting question about
-{eval_images} fresh digits in them, distorted as in training. Scenes: {eval_images} fresh pictures of shapes.
+{eval_images} fresh digits in them, distorted as in training. Scenes: {eval_images} fresh
+pictures of shapes.
 Handwriting: scikit-learn's digits (UCI, CC BY 4.0), before any tuning.
 
 | set | question | right |

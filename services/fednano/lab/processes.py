@@ -60,6 +60,8 @@ class Processes:
         self, name: str, command: Sequence[str], env: Mapping[str, str] | None = None
     ) -> None:
         """Starts `command`, or starts it again under the same name; output goes to `<name>.log`."""
+        if name in self._processes:
+            self._processes.pop(name).running.wait(timeout=30)
         log = self.directory / f"{name}.log"
         with log.open("ab") as output:
             running = subprocess.Popen(

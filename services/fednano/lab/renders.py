@@ -47,7 +47,6 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 NOUNS = (*WORDS, *SHAPES)
-KINDS = ("name", "numeral", "parity", "greater", "colour", "presence", "shape", "caption")
 _DIGIT_WEIGHTS = {
     "name": 0.28, "numeral": 0.23, "parity": 0.19, "greater": 0.13,
     "colour": 0.06, "presence": 0.04, "caption": 0.07,
