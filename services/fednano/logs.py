@@ -19,11 +19,16 @@ def configure(service: str, json: bool = False, level: str = "info") -> None:
         event.setdefault("service", service)
         return event
 
+    def drop_empty(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+        event.pop("color_message", None)  # uvicorn's second rendering of the event, for terminals
+        return {name: value for name, value in event.items() if value not in (None, "")}
+
     shared: list[Processor] = [
         structlog.stdlib.ExtraAdder(),
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="ts"),
         name_service,
+        drop_empty,
     ]
     last: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if json:

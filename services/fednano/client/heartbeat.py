@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from contextlib import suppress
 from types import TracebackType
 
 from fednano.client.coordination import CoordinatorClient, Membership
@@ -44,6 +45,9 @@ class Heartbeat:
         trace: TracebackType | None,
     ) -> None:
         self._over.set()
+        if error is None:  # the last word: nothing is being done any more
+            with suppress(FedNanoError):
+                self._coordinator.heartbeat(self._member, None, 0.0, "waiting")
 
     def begin(self, task: object, doing: str) -> None:
         """A task starts; `doing` is a word or two for people."""

@@ -91,8 +91,9 @@ def _limited(receive: Receive) -> Receive:
 def _note(scope: Scope, status: int, seconds: float) -> None:
     state, path = scope["state"], scope["path"]
     identity = state.get("identity")
+    reading = scope["method"] in ("GET", "HEAD") and status < 400
     log.log(
-        logging.DEBUG if path.startswith(_QUIET) else logging.INFO,
+        logging.DEBUG if reading or path.startswith(_QUIET) else logging.INFO,
         "http request",
         extra={
             "method": scope["method"],

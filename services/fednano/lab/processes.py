@@ -109,15 +109,21 @@ class Processes:
             time.sleep(0.05)
 
     def stop_all(self, seconds: float = 8) -> None:
-        """SIGTERM to the last started first, then SIGKILL to whoever is still there."""
-        running = [p.running for p in reversed(self._processes.values())]
-        for process in running:
-            if process.poll() is None:
-                process.terminate()
-        deadline = time.monotonic() + seconds
-        for process in running:
-            try:
-                process.wait(timeout=max(0.05, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        """SIGTERM, then SIGKILL to whoever is still there; the one that was started first, on which
+        the others lean, goes last."""
+        running = [process.running for process in self._processes.values()]
+        _stop(running[1:], seconds)
+        _stop(running[:1], seconds)
+
+
+def _stop(running: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+    for process in running:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + seconds
+    for process in running:
+        try:
+            process.wait(timeout=max(0.05, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
