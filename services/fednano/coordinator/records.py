@@ -92,7 +92,7 @@ class ClientRecord:
 
     id: str
     role: str  # trainer or evaluator
-    state: str  # alive or lost
+    state: str  # alive, lost or, once the run has ended, left
     doing: str
     progress: float
     last_seen: float

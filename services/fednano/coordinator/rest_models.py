@@ -82,7 +82,7 @@ class ClientReply(_Reply):
 
     id: str
     role: str = Field(description="trainer or evaluator")
-    state: str = Field(description="alive or lost")
+    state: str = Field(description="alive, lost or, once the run has ended, left")
     doing: str
     progress: float = Field(description="0 to 1, within what it is doing")
     last_seen: Time

@@ -101,6 +101,7 @@ end
 redis.call('SET', KEYS[4], ARGV[7])
 redis.call('HSET', KEYS[6], ARGV[1], ARGV[6])
 redis.call('HDEL', KEYS[7], ARGV[1])
+redis.call('HSET', KEYS[3], 'samples', string.format('%d', cjson.decode(ARGV[6]).samples))
 return count('accepted', ARGV[12])
 """
 )

@@ -174,7 +174,12 @@ class MemberStore:
             raise SessionEnded(_GONE)
 
     async def records(self, name: str) -> list[ClientRecord]:
-        return [client.public() for client in await self.all(name)]
+        """After a run has ended nobody is lost: who isn't heard any more has left."""
+        run = await self._runs.get(name)
+        found = [client.public() for client in await self.all(name)]
+        if not run.state.ended:
+            return found
+        return [replace(c, state="left") if c.state == "lost" else c for c in found]
 
 
 def _named(direction: str, amounts: Mapping[str, int]) -> list[tuple[str, int]]:

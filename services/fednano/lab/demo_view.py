@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -116,3 +121,20 @@ def _percent(value: float | None) -> str:
 
 def _number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def draw(figures: Path, picture: Path) -> None:
+    """The demo's last screen as SVG, from what its --json wrote: the picture in the README."""
+    result = json.loads(figures.read_text())
+    with Path(os.devnull).open("w") as nowhere:
+        console = Console(record=True, width=84, file=nowhere)
+        console.print("$ make demo", style="bold")
+        console.print(*result_tables(result["run"], result["rounds"], result["totals"]), sep="\n")
+        seconds = f"{result['seconds']:.0f} s in all, the start of every process included"
+        console.print(seconds, highlight=False)
+    svg = console.export_svg(title="fednano demo")
+    picture.write_text(re.sub(r"@font-face\s*\{.*?\}", "", svg, flags=re.DOTALL))  # no web fonts
+
+
+if __name__ == "__main__":  # python -m fednano.lab.demo_view FIGURES.json PICTURE.svg
+    draw(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -54,9 +54,11 @@ export class Tiles {
     const trainers = clients.filter((client) => client.role === "trainer");
     const alive = trainers.filter((client) => client.state === "alive").length;
     const samples = trainers.reduce((sum, client) => sum + client.samples, 0);
-    const evaluators = clients.length - trainers.length;
-    const note = `alive, ${samples.toLocaleString()} samples${evaluators ? ", evaluator present" : ""}`;
-    this.put("Clients", `${alive} / ${trainers.length || run.config.clients}`, note);
+    const evaluators = clients.some((client) => client.role !== "trainer" && client.state === "alive");
+    const notes = [samples && `${samples.toLocaleString()} samples`, evaluators && "evaluator present"];
+    const over = clients.some((client) => client.state === "left");
+    const note = [over ? "took part" : "alive", ...notes.filter(Boolean)].join(", ");
+    this.put("Clients", over ? `${trainers.length}` : `${alive} / ${trainers.length || run.config.clients}`, note);
   }
 
   tick(run) {
