@@ -165,6 +165,23 @@ def test_a_restarted_service_fails_no_client(
     assert torch.equal(before.gradient, after.gradient)
 
 
+def test_an_answer_survives_the_loss_of_its_replica(
+    frozen: FrozenLLM, batch: Batch, hidden: torch.Tensor
+) -> None:
+    sequences, sampling = batch.sequences(hidden), Sampling(200, stop_ids=(0,))
+    service = Served(frozen)
+    with remote(service.port) as llm:
+        wanted = list(llm.generate(sequences, sampling))
+        writing = llm.generate(sequences, sampling)
+        found = [next(writing)]
+        service.stop()
+        again = Served(frozen, service.port)
+        found += writing
+    again.stop()
+    assert len(wanted) > 20
+    assert found == wanted
+
+
 def test_patience_has_an_end(frozen: FrozenLLM, batch: Batch, hidden: torch.Tensor) -> None:
     service = Served(frozen)
     with remote(service.port, retry_seconds=0.5) as llm:

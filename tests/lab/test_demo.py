@@ -62,14 +62,15 @@ def test_two_clients_and_two_rounds(tmp_path: Path) -> None:
     assert not services()
 
 
-def test_ctrl_c_ends_every_process() -> None:
-    running = demo("--clients", "2", "--rounds", "50")
+def test_ctrl_c_ends_every_process(tmp_path: Path) -> None:
+    running = demo("--clients", "2", "--rounds", "50", TMPDIR=str(tmp_path))
     wait_until_started(5)
     running.send_signal(signal.SIGINT)
     printed, _ = running.communicate(timeout=60)
     assert running.returncode == 130
     assert "every process was ended" in printed
     assert not services()
+    assert not list(tmp_path.glob("fednano-demo-*"))  # it held keys and tokens
 
 
 def test_a_failing_process_ends_the_demo_with_its_last_words() -> None:

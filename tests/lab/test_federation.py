@@ -166,6 +166,23 @@ def test_client_check_names_what_is_wrong(federation: Federation, tmp_path: Path
     assert "bad coordinator, token, TLS: a valid bearer token is required" in done.stdout
 
 
+def test_stopping_a_run_ends_its_clients_in_order(federation: Federation) -> None:
+    federation.create_run(small_run("stopped", rounds=50))
+    start_members(federation, "stopped")
+    wait_for(lambda: collecting(federation, "stopped", 1), "round 1")
+    with federation.rest() as api:
+        api.post("runs/stopped/stop").raise_for_status()
+    wait_for(
+        lambda: all(federation.processes.status(name) is not None for name in MEMBERS),
+        "the end of the clients",
+    )
+    assert [federation.processes.status(name) for name in MEMBERS] == [1, 1, 1]
+    for name in MEMBERS:
+        log = (federation.directory / f"{name}.log").read_text()
+        assert "Traceback" not in log
+        assert log.splitlines()[-1].count("state=stopped") == 1
+
+
 def test_a_killed_client_does_not_hold_the_round(federation: Federation) -> None:
     config = small_run("lossy", deterministic=False, min_clients=1, rounds=1, round_seconds=20.0)
     federation.create_run(config)

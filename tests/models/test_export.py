@@ -31,7 +31,7 @@ def low_ranks(adapters: NanoAdapters) -> dict[str, LowRank]:
 
 def uneven() -> NanoAdapters:
     """Different ranks for image and text."""
-    image, text = large_tensors(rank=3), large_tensors(rank=5, seed=1)
+    image, text = large_tensors(rank=3, seed=2), large_tensors(rank=5, seed=1)
     chosen = {n: t for n, t in image.items() if n.startswith("image")}
     chosen |= {n: t for n, t in text.items() if n.startswith("text")}
     return NanoAdapters.from_tensors(chosen, scale=0.7)

@@ -94,6 +94,12 @@ def test_made_up_headers_are_refused_or_fit(dtype: int, shape: list[int], data: 
         assert array.size * 1 <= len(data)
 
 
+@pytest.mark.parametrize("shape", [[0, 2**62], [2**40, 0, 2**40], [1] * 9, [-1]])
+def test_impossible_shapes_are_refused(shape: list[int]) -> None:
+    with pytest.raises(BadTensor, match="shape: expected"):
+        codec.decode(Tensor(dtype=FP32, shape=shape, data=b""))
+
+
 def test_a_view_of_a_message_is_read_only() -> None:
     array = codec.decode(codec.encode(np.ones(3, np.float32)))
     with pytest.raises(ValueError, match="read-only"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fednano.client.adapters import NanoAdapters
-from fednano.client.coordination import CoordinatorClient
+from fednano.client.coordination import Adapter, CoordinatorClient
 from fednano.client.datasets import open_image
 from fednano.client.edge import EdgeHalf
 from fednano.client.examples import Example
@@ -21,6 +21,7 @@ from fednano.client.trainer import Trainer
 from fednano.models.checkpoint import HalfRecord, read_record
 from fednano.models.language_model import Sampling
 from fednano.wire import coordinator_pb2 as pb
+from fednano.wire.errors import NotFound
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,22 @@ def _adapters(coordinator: CoordinatorClient, which: Which, record: HalfRecord) 
     if not which.run:
         nothing = np.zeros((1, record.hidden_size), np.float32)
         return NanoAdapters.from_tensors({"text.down": nothing, "text.up": nothing.T.copy()}, 1.0)
-    request = pb.GetAdapterRequest(header=coordinator.header(), run=which.run)
-    if which.round is None:
-        request.best = True
-    else:
-        request.round = which.round
-    found = coordinator.adapter(request)
+    found = _found(coordinator, which)
     return NanoAdapters.from_tensors(found.tensors, found.scale)
+
+
+def _found(coordinator: CoordinatorClient, which: Which) -> Adapter:
+    """The round that was named; else the best one or, where nobody evaluated, the last."""
+    request = pb.GetAdapterRequest(header=coordinator.header(), run=which.run)
+    if which.round is not None:
+        request.round = which.round
+        return coordinator.adapter(request)
+    try:
+        request.best = True
+        return coordinator.adapter(request)
+    except NotFound:
+        request.last = True
+        return coordinator.adapter(request)
 
 
 def _pieces(

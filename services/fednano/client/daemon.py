@@ -53,7 +53,7 @@ class Client:
     meter: Meter
     _own_data: JsonlDataset | None
     _task: object = None
-    _edge: EdgeHalf | None = field(default=None, repr=False)
+    _cache: FeatureCache | None = field(default=None, repr=False)
 
     @classmethod
     def connect(cls, settings: ClientSettings) -> Client:
@@ -76,7 +76,8 @@ class Client:
         self.coordinator.close()
 
     def run(self) -> int:
-        """Until a signal comes; with `once`, until a run has ended: 0 if it finished, else 1."""
+        """Until a signal comes. With `once`, or for a run that was named, until that has ended:
+        0 if it finished, else 1."""
         fenced_at = float("-inf")
         while True:
             try:
@@ -88,7 +89,7 @@ class Client:
                 fenced_at = time.monotonic()
                 log.warning("session ended, joining again", extra={"reason": str(error)})
                 continue
-            if self.settings.once:
+            if self.settings.once or self.settings.run:
                 return 0 if state == "finished" else 1
 
     def _who(self) -> dict[str, object]:
@@ -172,12 +173,11 @@ class Client:
         return self.coordinator.header(member, self._task)
 
     def _edge_half(self, llm: RemoteLanguageModel) -> EdgeHalf:
-        """Loaded once; a later run of the same model finds encoded images still in memory."""
-        if self._edge is None:
+        """Bound to this membership's LLM; images that were encoded for an earlier one are kept."""
+        if self._cache is None:
             record = read_record(self.settings.edge, "edge")
-            cache = FeatureCache(record.fingerprint, self.settings.cache_dir)
-            self._edge = EdgeHalf(self.settings.edge, llm, cache)
-        return self._edge
+            self._cache = FeatureCache(record.fingerprint, self.settings.cache_dir)
+        return EdgeHalf(self.settings.edge, llm, self._cache)
 
 
 def run(settings: ClientSettings) -> int:

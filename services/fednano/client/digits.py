@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fednano.client.examples import Example
+from fednano.wire.errors import InvalidRequest
 
 Split = Literal["train", "validation", "test"]
 Indices = NDArray[np.int64]
@@ -31,7 +32,7 @@ _SPLIT_SEED = 1797  # of the split and of nothing else: no run's seed changes wh
 _SPLITS: tuple[Split, ...] = ("test", "validation", "train", "train", "train")  # every fifth
 
 
-class BadPartition(ValueError):
+class BadPartition(InvalidRequest):
     """A partition that cannot be made; the message names the field, expected and got."""
 
 

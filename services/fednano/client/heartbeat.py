@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import TracebackType
 
 from fednano.client.coordination import CoordinatorClient, Membership
@@ -15,6 +17,16 @@ log = logging.getLogger(__name__)
 
 class TaskGivenUp(Exception):
     """The coordinator no longer wants the result of the current task."""
+
+
+@dataclass
+class Work:
+    """What is being done now; a new one for every task, so that a late reply hits no other."""
+
+    task: object = None
+    doing: str = "waiting"
+    share: float = 0.0
+    given_up: str = ""
 
 
 class Heartbeat:
@@ -28,9 +40,7 @@ class Heartbeat:
         self._member = member
         self._seconds = seconds
         self._over = threading.Event()
-        self._task: object = None
-        self._doing, self._share = "waiting", 0.0
-        self._given_up = ""
+        self._work = Work()
         self._failure: FedNanoError | None = None
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -49,34 +59,36 @@ class Heartbeat:
             with suppress(FedNanoError):
                 self._coordinator.heartbeat(self._member, None, 0.0, "waiting")
 
-    def begin(self, task: object, doing: str) -> None:
-        """A task starts; `doing` is a word or two for people."""
-        self._task, self._doing, self._share, self._given_up = task, doing, 0.0, ""
-
-    def end(self) -> None:
-        self.begin(None, "waiting")
+    @contextmanager
+    def on(self, task: object, doing: str) -> Iterator[None]:
+        """For the length of a task; `doing` is a word or two for people."""
+        self._work = Work(task, doing)
+        try:
+            yield
+        finally:
+            self._work = Work()
 
     def progress(self, share: float) -> None:
         """Raises TaskGivenUp, or the error that ended the session."""
-        self._share = share
+        self._work.share = share
         self.check()
 
     def check(self) -> None:
         if self._failure is not None:
             raise self._failure
-        if self._given_up:
-            raise TaskGivenUp(self._given_up)
+        if self._work.given_up:
+            raise TaskGivenUp(self._work.given_up)
 
     def _beat(self) -> None:
         while not self._over.wait(self._seconds):
-            task = self._task
+            work = self._work
             try:
-                reply = self._coordinator.heartbeat(self._member, task, self._share, self._doing)
+                reply = self._coordinator.heartbeat(self._member, work.task, work.share, work.doing)
             except RETRYABLE as error:
                 log.warning("heartbeat not delivered", extra={"reason": str(error)})
                 continue
             except FedNanoError as error:
                 self._failure = error
                 return
-            if reply.stop and task is not None and task is self._task:
-                self._given_up = reply.reason or "the coordinator said stop"
+            if reply.stop and work.task is not None:
+                work.given_up = reply.reason or "the coordinator said stop"

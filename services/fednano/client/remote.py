@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import random
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -228,7 +231,8 @@ class RemoteLanguageModel:
     def generate(
         self, sequences: Sequences, sampling: Sampling, text_adapter: LowRank | None = None
     ) -> Iterator[list[NewToken]]:
-        """Tried again only while no token has arrived yet."""
+        """Where a replica is lost in mid-answer the same request is written again elsewhere, and what
+        has been handed out is skipped: equal requests give equal tokens."""
         head = llm_pb2.GenerateHead(
             header=self._header(),
             embeddings=self._embeddings(sequences),
@@ -245,17 +249,27 @@ class RemoteLanguageModel:
             head.text_adapter.CopyFrom(_low_rank(text_adapter))
             body += [torch_codec.pack(t, FP32) for t in (text_adapter.down, text_adapter.up)]
 
-        def call(replica: Replica) -> tuple[llm_pb2.GenerateReply, Any]:
-            requests = self._stream("Generate", llm_pb2.GenerateRequest, head, body)
-            with translated():
-                replies = replica.stub.Generate(requests, **self._options())
-                return next(replies), replies
+        written = 0
+        patience = time.monotonic() + self._retry_seconds
+        while True:
+            try:
+                for reply in islice(self._written(head, body), written, None):
+                    patience = time.monotonic() + self._retry_seconds
+                    written += 1
+                    yield self._tokens(reply)
+                return
+            except RETRYABLE as error:
+                if time.monotonic() > patience:
+                    raise
+                self._note_failure(error)
+                time.sleep(random.uniform(0.1, 1.0))
 
-        first, rest = self._retried(call)
-        yield self._tokens(first)
+    def _written(
+        self, head: llm_pb2.GenerateHead, body: list[codec.Buffer]
+    ) -> Iterator[llm_pb2.GenerateReply]:
+        requests = self._stream("Generate", llm_pb2.GenerateRequest, head, body)
         with translated():
-            for reply in rest:
-                yield self._tokens(reply)
+            yield from self._replicas.next().stub.Generate(requests, **self._options())
 
     def _tokens(self, reply: llm_pb2.GenerateReply) -> list[NewToken]:
         self._meter.add("received", "control", reply.ByteSize())
@@ -267,16 +281,17 @@ class RemoteLanguageModel:
             retry=retry_if_exception_type(RETRYABLE),
             stop=stop_after_delay(self._retry_seconds),
             wait=wait_random_exponential(multiplier=0.1, max=5),
-            before_sleep=self._note_failure,
+            before_sleep=self._before_sleep,
             reraise=True,
         )
         return policy(lambda: call(self._replicas.next()))
 
-    def _note_failure(self, state: RetryCallState) -> None:
+    def _before_sleep(self, state: RetryCallState) -> None:
+        self._note_failure(state.outcome.exception() if state.outcome else None)
+
+    def _note_failure(self, error: BaseException | None) -> None:
         self._replicas.failed()
-        error = state.outcome and state.outcome.exception()
-        extra = {"attempt_number": state.attempt_number, "reason": str(error)}
-        log.warning("the LLM service is asked again", extra=extra)
+        log.warning("the LLM service is asked again", extra={"reason": str(error)})
 
     def _options(self) -> dict[str, Any]:
         return {"metadata": bearer(self._caller.token()), "timeout": self._call_seconds}
@@ -287,19 +302,7 @@ class RemoteLanguageModel:
         return header
 
     def _embeddings(self, sequences: Sequences) -> llm_pb2.Embeddings:
-        samples = [
-            llm_pb2.Sample(
-                segments=[
-                    llm_pb2.Segment(
-                        modality=llm_pb2.Modality.Name(s.modality), start=s.start, length=s.length
-                    )
-                    for s in sample
-                ]
-            )
-            for sample in sequences.segments
-        ]
-        spec = torch_codec.spec_of("embeddings", sequences.values, self._dtype)
-        return llm_pb2.Embeddings(samples=samples, dense=llm_pb2.DenseForm(values=spec))
+        return announced(sequences, self._dtype)
 
     def _stream(
         self, rpc: str, request: Callable[..., Any], head: Any, body: Iterable[codec.Buffer]
@@ -332,6 +335,23 @@ class RemoteLanguageModel:
 
     def _spent(self, spent: llm_pb2.Spent) -> None:
         self._meter.add_server_seconds(spent.compute_seconds)
+
+
+def announced(sequences: Sequences, dtype: DType) -> llm_pb2.Embeddings:
+    """The first message's part of a batch; its values follow in chunks."""
+    samples = [
+        llm_pb2.Sample(
+            segments=[
+                llm_pb2.Segment(
+                    modality=llm_pb2.Modality.Name(s.modality), start=s.start, length=s.length
+                )
+                for s in sample
+            ]
+        )
+        for sample in sequences.segments
+    ]
+    spec = torch_codec.spec_of("embeddings", sequences.values, dtype)
+    return llm_pb2.Embeddings(samples=samples, dense=llm_pb2.DenseForm(values=spec))
 
 
 def _integers(tensor: torch.Tensor) -> Tensor:

@@ -137,7 +137,8 @@ class Trainer:
         """Exact match of greedily generated answers, and the loss of the wanted ones.
 
         Where the model ranks every token of the wanted answer and its end first, greedy generation
-        writes that answer, token by token; so only the other answers have to be generated.
+        writes that answer, token by token; so only the other answers, and those that are too long,
+        have to be generated.
         """
         hits: list[tuple[str, bool]] = []
         losses: list[float] = []
@@ -147,7 +148,8 @@ class Trainer:
             scored = Batch.of([self.edge.prepare(example) for example in chosen])
             score = self.llm.score(scored.sequences(nano(scored)), scored.labels)
             losses += (score.loss_sums / score.token_counts).tolist()
-            sure = (score.correct_counts == score.token_counts).tolist()
+            written = score.token_counts <= max_new_tokens
+            sure = ((score.correct_counts == score.token_counts) & written).tolist()
             unsure = [example for example, is_sure in zip(chosen, sure, strict=True) if not is_sure]
             hits += [(e.kind, True) for e, is_sure in zip(chosen, sure, strict=True) if is_sure]
             answers = self.answers(adapters, unsure, Sampling(max_new_tokens)) if unsure else []

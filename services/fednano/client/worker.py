@@ -11,7 +11,7 @@ from fednano.client.coordination import Adapter, CoordinatorClient, Membership
 from fednano.client.datasets import Dataset, DigitsShard, JsonlDataset, digits_test
 from fednano.client.examples import Example
 from fednano.client.heartbeat import Heartbeat
-from fednano.client.trainer import FisherMode, Trainer
+from fednano.client.trainer import EvaluationResult, FisherMode, Trainer, TrainResult
 from fednano.wire import coordinator_pb2 as pb
 from fednano.wire.errors import InvalidRequest
 from fednano.wire.run_config import TrainingConfig
@@ -35,59 +35,57 @@ class Worker:
     _dataset: tuple[tuple[int, int], Dataset] | None = None
 
     def train(self, task: pb.TrainTask) -> None:
-        """Local training from the round's adapter, then Submit."""
-        config, base = self.member.config, self._adapter(task.adapter)
-        self.heartbeat.begin(task, f"training, round {task.round}")
-        data = self._data(task.shard, task.of)
-        log.info("training", extra=self._about(task, samples=len(data)))
-        result = self.trainer.train(
+        """Local training from the round's adapter, then Submit. Raises TaskGivenUp."""
+        with self.heartbeat.on(task, f"training, round {task.round}"):
+            base, data = self._adapter(task.adapter), self._data(task.shard, task.of)
+            log.info("training", extra=self._about(task, samples=len(data)))
+            result = self._trained(task, base, data)
+            head = pb.SubmitHead(
+                header=self.coordinator.header(self.member, task),
+                base=base.digest,
+                samples=result.samples,
+                metrics={"train_loss": result.loss},
+            )
+            reply = self.coordinator.submit(head, result.adapter, result.fisher, result.seconds)
+        self._log_reply("update", task, reply, loss=round(result.loss, 4))
+
+    def _trained(self, task: pb.TrainTask, base: Adapter, data: Dataset) -> TrainResult:
+        config = self.member.config
+        return self.trainer.train(
             NanoAdapters.from_tensors(base.tensors, base.scale),
             lambda epoch: data.epoch(config.seed, task.round, epoch, self._stable_name(task)),
             TrainingConfig.model_validate_json(task.hyper_json),
             _FISHER.get(config.strategy.name, "none"),
             self.heartbeat.progress,
         )
-        head = pb.SubmitHead(
-            header=self.coordinator.header(self.member, task),
-            base=base.digest,
-            samples=result.samples,
-            metrics={"train_loss": result.loss},
-        )
-        reply = self.coordinator.submit(head, result.adapter, result.fisher, result.seconds)
-        self._log_reply("update", task, reply, loss=round(result.loss, 4))
-        self.heartbeat.end()
 
     def _stable_name(self, task: pb.TrainTask) -> str:
         """What the order of the data hangs on: the shard, so that who leases it doesn't matter."""
         return f"shard-{task.shard}" if task.of else self.coordinator.client
 
     def evaluate(self, task: pb.EvaluateTask) -> None:
-        """Exact match and loss of each adapter, then SubmitEvaluation."""
+        """Exact match and loss of each adapter, then SubmitEvaluation. Raises TaskGivenUp."""
         start = time.perf_counter()
-        self.heartbeat.begin(task, f"evaluating, round {task.round}")
-        examples = self._evaluation_examples(task)
-        evaluations = []
-        for digest in task.adapters:
-            base = self._adapter(digest)
-            result = self.trainer.evaluate(
-                NanoAdapters.from_tensors(base.tensors, base.scale),
-                examples,
-                self.member.config.evaluation.max_new_tokens,
-                progress=self.heartbeat.progress,
+        with self.heartbeat.on(task, f"evaluating, round {task.round}"):
+            examples = self._evaluation_examples(task)
+            found = {digest: self._evaluated(digest, examples) for digest in task.adapters}
+            request = pb.SubmitEvaluationRequest(
+                header=self.coordinator.header(self.member, task),
+                evaluations=[_evaluation(digest, result) for digest, result in found.items()],
+                costs=self.coordinator.meter.take(time.perf_counter() - start),
             )
-            metrics = {"accuracy": result.accuracy, "loss": result.loss}
-            metrics |= {f"accuracy.{kind}": value for kind, value in result.by_kind.items()}
-            evaluations.append(
-                pb.Evaluation(adapter=digest, samples=result.samples, metrics=metrics)
-            )
-        request = pb.SubmitEvaluationRequest(
-            header=self.coordinator.header(self.member, task),
-            evaluations=evaluations,
-            costs=self.coordinator.meter.take(time.perf_counter() - start),
+            reply = self.coordinator.submit_evaluation(request)
+        for result in found.values():
+            self._log_reply("evaluation", task, reply, accuracy=round(result.accuracy, 4))
+
+    def _evaluated(self, digest: str, examples: list[Example]) -> EvaluationResult:
+        base = self._adapter(digest)
+        return self.trainer.evaluate(
+            NanoAdapters.from_tensors(base.tensors, base.scale),
+            examples,
+            self.member.config.evaluation.max_new_tokens,
+            progress=self.heartbeat.progress,
         )
-        reply = self.coordinator.submit_evaluation(request)
-        self._log_reply("evaluation", task, reply, accuracy=round(result.accuracy, 4))
-        self.heartbeat.end()
 
     def _adapter(self, digest: str) -> Adapter:
         """From the coordinator, or the one that was fetched last."""
@@ -137,3 +135,9 @@ class Worker:
         level = logging.INFO if result in ("accepted", "duplicate") else logging.WARNING
         reason = {"reason": reply.reason} if reply.reason else {}
         log.log(level, f"{what} {result}", extra=self._about(task, **more, **reason))
+
+
+def _evaluation(digest: str, result: EvaluationResult) -> pb.Evaluation:
+    metrics = {"accuracy": result.accuracy, "loss": result.loss}
+    metrics |= {f"accuracy.{kind}": value for kind, value in result.by_kind.items()}
+    return pb.Evaluation(adapter=digest, samples=result.samples, metrics=metrics)

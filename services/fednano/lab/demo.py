@@ -32,6 +32,10 @@ class Interrupted(BaseException):
     """A signal asked the demo to end."""
 
 
+class Served(Exception):
+    """Everything was done and shown, and has been served for as long as somebody wanted."""
+
+
 class RunEnded(Exception):
     """The run ended, but not well."""
 
@@ -89,7 +93,10 @@ class Demo:
                 self._federate(Federation(directory, processes), config, console, keep, json_file)
         except Interrupted as signalled:
             console.print(f"\n{signalled}: every process was ended")
+            shutil.rmtree(directory, ignore_errors=True)  # it held keys and tokens
             return 130
+        except Served:
+            console.print("\nevery process was ended")
         except (ProcessFailed, TookTooLong, RunEnded, httpx.HTTPError, FedNanoError) as error:
             console.print("[red]the demo failed[/]: ", end="")
             console.print(str(error), markup=False, highlight=False)
@@ -126,7 +133,7 @@ class Demo:
             console.print(f"figures written to {json_file}", highlight=False)
         if keep:
             console.print(f"still serving; Ctrl-C ends it: {url}", soft_wrap=True, highlight=False)
-            signal.pause()
+            _serve_until_interrupted()
 
 
 def _watch(federation: Federation, config: RunConfig, console: Console) -> Snapshot:
@@ -139,7 +146,12 @@ def _watch(federation: Federation, config: RunConfig, console: Console) -> Snaps
     ):
         while snapshot.state not in ("finished", "stopped", "failed"):
             federation.processes.check(may_finish=members)
-            _read(api, snapshot)
+            try:
+                _read(api, snapshot)
+            except httpx.TransportError:
+                time.sleep(_POLL_SECONDS)
+                federation.processes.check(may_finish=members)  # says better what happened
+                raise
             live.update(live_view(config, snapshot.run, snapshot.rounds, snapshot.clients))
             time.sleep(_POLL_SECONDS)
     if snapshot.state != "finished":
@@ -155,6 +167,13 @@ def _read(api: httpx.Client, snapshot: Snapshot) -> None:
     snapshot.rounds = sorted(page["items"], key=lambda item: item["number"])
     snapshot.clients = api.get(f"runs/{_RUN}/clients").raise_for_status().json()["items"]
     snapshot.totals = api.get(f"runs/{_RUN}/ledger").raise_for_status().json()["totals"]
+
+
+def _serve_until_interrupted() -> None:
+    try:
+        signal.pause()
+    except Interrupted:
+        raise Served from None
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -131,6 +131,7 @@ class Federation:
             base_url=f"{self.addresses.http}/api/v1/",
             headers={"Authorization": f"Bearer {token or self.admin_token}"},
             timeout=30,
+            trust_env=False,  # no proxy gets to see a token
         )
 
     def make_token(self, role: str, name: str) -> str:

@@ -77,8 +77,9 @@ class Processes:
     def run(self, name: str, command: Sequence[str], env: Mapping[str, str]) -> None:
         """Runs `command` to its end. Raises ProcessFailed unless it succeeds."""
         self.start(name, command, env)
-        process = self._processes.pop(name)
+        process = self._processes[name]
         status = process.running.wait()
+        del self._processes[name]
         if status:
             raise ProcessFailed(name, status, process.log)
 

@@ -80,10 +80,12 @@ def check_exposure(field: str, host: str, tls: object | None, insecure: bool) ->
 def make_channel(target: str, tls: ClientTls | None = None) -> grpc.Channel:
     """A channel to host:port; it connects when first used."""
     options: Sequence[tuple[str, object]] = _CLIENT
+    if is_loopback(target.rpartition(":")[0]):
+        options = (*options, ("grpc.enable_http_proxy", 0))
     if tls is None:
         return grpc.insecure_channel(target, options)
     if tls.server_name:
-        options = (*_CLIENT, ("grpc.ssl_target_name_override", tls.server_name))
+        options = (*options, ("grpc.ssl_target_name_override", tls.server_name))
     roots = tls.ca.read_bytes() if tls.ca else None
     return grpc.secure_channel(target, grpc.ssl_channel_credentials(roots), options)
 

@@ -29,6 +29,7 @@ Buffer = bytes | bytearray | memoryview
 
 CHUNK_BYTES = 1 << 20
 MAX_DIMENSIONS = 8
+_MAX_VALUES = 1 << 48
 
 _NUMPY: dict[DType, np.dtype[np.generic]] = {
     FP32: np.dtype("<f4"),
@@ -54,10 +55,13 @@ def byte_size(dtype: DType, shape: Sequence[int]) -> int:
     """
     if dtype not in _ITEM_BYTES:
         raise BadTensor.of("dtype", f"one of {', '.join(map(DType.Name, _ITEM_BYTES))}", dtype)
-    if len(shape) > MAX_DIMENSIONS or any(size < 0 for size in shape):
-        raise BadTensor.of(
-            "shape", f"at most {MAX_DIMENSIONS} dimensions of 0 or more", list(shape)
-        )
+    if (
+        len(shape) > MAX_DIMENSIONS
+        or any(size < 0 for size in shape)
+        or math.prod(max(size, 1) for size in shape) > _MAX_VALUES
+    ):
+        expected = f"at most {MAX_DIMENSIONS} dimensions of 0 or more and 2^48 values"
+        raise BadTensor.of("shape", expected, list(shape))
     size = math.prod(shape) * _ITEM_BYTES[dtype]
     return size + 4 * rows(shape) if dtype == INT8 else size
 

@@ -13,7 +13,7 @@ import jwt
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fednano.wire.errors import Unauthenticated
+from fednano.wire.errors import InvalidRequest, Unauthenticated
 
 _ALGORITHM = "EdDSA"
 _AUDIENCE = "fednano-llm"
@@ -82,19 +82,29 @@ def make_keys() -> tuple[bytes, bytes]:
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
-    public = key.public_key().public_bytes(
+    return private, public_key(private)
+
+
+def public_key(private_pem: bytes) -> bytes:
+    """The public half of a private key, PEM. Raises InvalidRequest where it is no Ed25519 key."""
+    try:
+        key = serialization.load_pem_private_key(private_pem, password=None)
+    except ValueError as error:
+        raise InvalidRequest.of("session key", "an Ed25519 private key (PEM)", error) from None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise InvalidRequest.of("session key", "an Ed25519 private key", type(key).__name__)
+    return key.public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
-    return private, public
 
 
 def write_keys(folder: Path) -> tuple[Path, Path]:
-    """Writes session.key (mode 0600) and session.pub into `folder`; keeps what is there."""
+    """Writes session.key (mode 0600) and session.pub into `folder`; a private key that is there
+    already is kept, and its public half written again."""
     folder.mkdir(parents=True, exist_ok=True)
     private_path, public_path = folder / "session.key", folder / "session.pub"
-    if not (private_path.exists() and public_path.exists()):
-        private, public = make_keys()
+    if not private_path.exists():
         private_path.touch(mode=0o600)
-        private_path.write_bytes(private)
-        public_path.write_bytes(public)
+        private_path.write_bytes(make_keys()[0])
+    public_path.write_bytes(public_key(private_path.read_bytes()))
     return private_path, public_path
