@@ -63,7 +63,7 @@ def _fail(error: FedNanoError, status: int) -> NoReturn:
 
 
 @contextmanager
-def _session(
+def session(
     url: str | None, token_file: Path | None, ca: Path | None, insecure: bool
 ) -> Iterator[RestClient]:
     """A client; what goes wrong with or within it ends the command without a traceback."""
@@ -162,7 +162,7 @@ def create(
 ) -> None:
     """Create a run from its name, its defaults and what --set says."""
     config = _config(file, settings, name)
-    with _session(url, token_file, ca, insecure) as client:
+    with session(url, token_file, ca, insecure) as client:
         _apply(client, config, as_json)
 
 
@@ -178,7 +178,7 @@ def apply(
 ) -> None:
     """Create the run that a file describes; a second time changes nothing."""
     config = _config(file, settings)
-    with _session(url, token_file, ca, insecure) as client:
+    with session(url, token_file, ca, insecure) as client:
         _apply(client, config, as_json)
 
 
@@ -199,7 +199,7 @@ def list_runs(
     as_json: Json = False,
 ) -> None:
     """List all runs, newest first."""
-    with _session(url, token_file, ca, insecure) as client:
+    with session(url, token_file, ca, insecure) as client:
         runs = client.items("/runs")
     if as_json:
         _print_json(runs)
@@ -222,7 +222,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show a run with its clients and rounds."""
-    with _session(url, token_file, ca, insecure) as client:
+    with session(url, token_file, ca, insecure) as client:
         record = client.get(run_path(run))
         rounds = client.items(f"{run_path(run)}/rounds")
         clients = client.get(f"{run_path(run)}/clients")["items"]
@@ -252,7 +252,7 @@ def watch_run(
     as_json: Annotated[bool, typer.Option("--json", help="Print each event as JSON.")] = False,
 ) -> None:
     """Follow a run until it ends: 0 when it finished, 1 when it failed or was stopped."""
-    with _session(url, token_file, ca, insecure) as client:
+    with session(url, token_file, ca, insecure) as client:
         status = watch(client, run, as_json)
     raise typer.Exit(status)
 
@@ -267,7 +267,7 @@ def pause(
     as_json: Json = False,
 ) -> None:
     """Hold a run where it is; `resume` goes on."""
-    with _session(url, token_file, ca, insecure) as client:
+    with session(url, token_file, ca, insecure) as client:
         _command(client, run, "pause", as_json)
 
 
@@ -281,7 +281,7 @@ def resume(
     as_json: Json = False,
 ) -> None:
     """Let a paused run go on."""
-    with _session(url, token_file, ca, insecure) as client:
+    with session(url, token_file, ca, insecure) as client:
         _command(client, run, "resume", as_json)
 
 
@@ -295,7 +295,7 @@ def stop(
     as_json: Json = False,
 ) -> None:
     """End a run for good; its results stay."""
-    with _session(url, token_file, ca, insecure) as client:
+    with session(url, token_file, ca, insecure) as client:
         _command(client, run, "stop", as_json)
 
 
@@ -321,7 +321,7 @@ def create_token(
     as_json: Json = False,
 ) -> None:
     """Make a token. Its secret is printed this once, alone on standard output."""
-    with _session(url, token_file, ca, insecure) as client:
+    with session(url, token_file, ca, insecure) as client:
         _, token = client.post("/tokens", {"name": name, "role": role.value})
     if as_json:
         _print_json(token)
@@ -350,7 +350,7 @@ def list_tokens(
     as_json: Json = False,
 ) -> None:
     """List tokens, without their secrets."""
-    with _session(url, token_file, ca, insecure) as client:
+    with session(url, token_file, ca, insecure) as client:
         tokens = client.get("/tokens")["items"]
     if as_json:
         _print_json(tokens)
@@ -373,7 +373,7 @@ def revoke_token(
     as_json: Json = False,
 ) -> None:
     """Refuse a token from now on."""
-    with _session(url, token_file, ca, insecure) as client:
+    with session(url, token_file, ca, insecure) as client:
         token = client.delete(f"/tokens/{quote(token_id, safe='')}")
     if as_json:
         _print_json(token)

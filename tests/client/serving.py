@@ -23,22 +23,23 @@ PRIVATE, PUBLIC = make_keys()
 class Served:
     """One LLM service on a free port; it can be ended and started again on the same one."""
 
-    def __init__(self, engine: FrozenLLM, port: int = 0, replica: str = "local") -> None:
+    def __init__(self, engine: FrozenLLM, port: int = 0, **settings: Any) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        settings = LlmSettings(
+        given = LlmSettings(
             model=Path("unused"),
             port=port,
             metrics_port=-1,
             session_public_key=PUBLIC.decode(),
+            **settings,
         )
-        self.server: LlmServer = self._do(self._make(settings, engine, replica))
+        self.server: LlmServer = self._do(self._make(given, engine))
         self.port = self._do(self.server.start()).grpc
 
     @staticmethod
-    async def _make(settings: LlmSettings, engine: FrozenLLM, replica: str) -> LlmServer:
-        return LlmServer(settings, engine, replica)
+    async def _make(settings: LlmSettings, engine: FrozenLLM) -> LlmServer:
+        return LlmServer(settings, engine, settings.host)
 
     def _do(self, work: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,13 +19,16 @@ from fednano.client.examples import Example
 from fednano.client.losses import client_side_step, predicting_positions
 from fednano.client.meter import Meter
 from fednano.client.remote import RemoteLanguageModel
+from fednano.client.replicas import Replicas
 from fednano.client.trainer import Trainer
 from fednano.models.frozen import FrozenLLM
 from fednano.models.language_model import Modality, Sampling
+from fednano.wire.channels import ClientTls
 from fednano.wire.errors import BadTensor, InvalidRequest, Unavailable
 from fednano.wire.tensor_pb2 import BF16, FP16, INT8, DType
 
-from tests.client.serving import Served, remote, served
+from tests.certificates import make_certificate
+from tests.client.serving import Served, caller, remote, served
 
 WEIGHTS = torch.tensor([0.5, 0.3, 0.2])
 
@@ -188,6 +194,69 @@ def test_patience_has_an_end(frozen: FrozenLLM, batch: Batch, hidden: torch.Tens
         service.stop()
         with pytest.raises(Unavailable):
             llm.step(batch.sequences(hidden), batch.labels, WEIGHTS)
+
+
+def test_a_busy_service_is_asked_again(
+    frozen: FrozenLLM, batch: Batch, hidden: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = Served(frozen, queue=1)
+    arguments = batch.sequences(hidden), batch.labels, WEIGHTS
+    wanted = frozen.step(*arguments).gradient
+
+    def ask(_: int) -> bool:
+        with remote(service.port) as llm:
+            return all(torch.equal(llm.step(*arguments).gradient, wanted) for _ in range(3))
+
+    with ThreadPoolExecutor(8) as people:
+        assert all(people.map(ask, range(8)))
+    service.stop()
+    assert any("queue" in getattr(record, "reason", "") for record in caplog.records)
+
+
+def two_addresses(host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+    """A headless service with two replicas, as DNS would tell."""
+    found = [("127.0.0.1", port), ("127.0.0.2", port)]
+    return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in found]
+
+
+def test_replicas_take_turns_and_backward_goes_home(
+    halves: Path,
+    frozen: FrozenLLM,
+    batch: Batch,
+    hidden: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = FrozenLLM.load(halves / "llm", device="cpu", dtype="fp32")
+    first = Served(frozen)
+    second = Served(other, first.port, host="127.0.0.2")
+    monkeypatch.setattr("fednano.client.replicas.socket.getaddrinfo", two_addresses)
+    sequences = batch.sequences(hidden)
+    positions = predicting_positions(sequences, batch.labels)
+    with remote(first.port) as llm:
+        replies = [llm.forward(sequences, positions) for _ in range(4)]
+        kept = {"127.0.0.1": frozen.activations, "127.0.0.2": other.activations}
+        assert [len(store) for store in kept.values()] == [2, 2]
+        for reply in replies:
+            llm.backward(reply.activation, torch.ones(reply.logits.shape), sequences, positions)
+        assert [len(store) for store in kept.values()] == [0, 0]
+        second.stop()
+        for _ in range(3):
+            llm.step(sequences, batch.labels, WEIGHTS)
+    first.stop()
+
+
+def test_tls_is_checked_by_the_given_ca(frozen: FrozenLLM, tmp_path: Path) -> None:
+    certificate, key = make_certificate(tmp_path)
+    service = Served(frozen, tls_certificate=certificate, tls_key=key)
+    replicas = Replicas(f"127.0.0.1:{service.port}", ClientTls(certificate))
+    assert RemoteLanguageModel(replicas, caller()).fingerprint == frozen.fingerprint
+    replicas.close()
+    stranger, _ = make_certificate(tmp_path / "other")
+    replicas = Replicas(f"127.0.0.1:{service.port}", ClientTls(stranger))
+    with pytest.raises(Unavailable):
+        RemoteLanguageModel(replicas, caller(), retry_seconds=0.5)
+    replicas.close()
+    service.stop()
 
 
 def test_the_text_adapter_has_work_to_do(adapters: NanoAdapters) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fednano.client.digits import load_split
+from fednano.client.digits import DigitImage, examples_of, load_split
 from fednano.lab.federation import TINY_MODEL, Federation
 from fednano.lab.processes import FEDNANO
 from peft import PeftModel
@@ -164,6 +164,39 @@ def test_client_check_names_what_is_wrong(federation: Federation, tmp_path: Path
     assert done.returncode == 1
     assert "bad data: gone.jsonl" in done.stdout
     assert "bad coordinator, token, TLS: a valid bearer token is required" in done.stdout
+
+
+def write_own_data(folder: Path, digits: list[DigitImage]) -> Path:
+    """A site's JSONL file with its images beside it."""
+    folder.mkdir()
+    lines = []
+    for digit in digits:
+        digit.image.save(folder / f"{digit.id}.png")
+        for example in examples_of(digit):
+            answer = {"question": example.question, "answer": example.answer}
+            lines.append(json.dumps({"image": f"{digit.id}.png", "kind": example.kind, **answer}))
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "data.jsonl"
+
+
+def test_sites_train_on_files_of_their_own(federation: Federation, tmp_path: Path) -> None:
+    federation.create_run(small_run("own", rounds=1, data={"source": "own"}))
+    digits = load_split("train")
+    for index, name in enumerate(("client-1", "client-2", "evaluator")):
+        data = write_own_data(tmp_path / name, digits[index * 12 : index * 12 + 12])
+        role = "evaluator" if name == "evaluator" else "trainer"
+        cache = str(tmp_path / "cache" / name)
+        federation.start_client(name, "own", role, data=str(data), cache_dir=cache)
+    wait_for_end(federation, "own")
+    with federation.rest() as api:
+        record = api.get("runs/own/rounds/1").json()
+        members = api.get("runs/own/clients").json()["items"]
+    assert record["clients"]["submitted"] == ["client-1", "client-2"]
+    assert record["metrics"].keys() >= {"accuracy", "accuracy.name", "loss", "train_loss"}
+    assert [m["samples"] for m in members if m["role"] == "trainer"] == [29, 29]
+    assert len(list((tmp_path / "cache" / "client-1").glob("*.safetensors"))) == 12
+    command(federation, "client", "purge", "--yes", "--cache-dir", str(tmp_path / "cache/client-1"))
+    assert not (tmp_path / "cache" / "client-1").exists()
 
 
 def test_stopping_a_run_ends_its_clients_in_order(federation: Federation) -> None:

@@ -11,7 +11,8 @@ from fednano.client.batches import Batch
 from fednano.client.edge import EdgeHalf, NanoEdge
 from fednano.client.examples import Example
 from fednano.client.trainer import Trainer
-from fednano.models.export import Origin, export_peft
+from fednano.models.checkpoint import Origin
+from fednano.models.export import export_peft
 from fednano.models.frozen import FrozenLLM
 from fednano.models.language_model import LowRank, Sampling
 from fednano.wire.errors import InvalidRequest

@@ -14,11 +14,12 @@ from fednano.client.datasets import JsonlDataset
 from fednano.client.edge import EdgeHalf
 from fednano.client.examples import Example
 from fednano.client.meter import Meter
-from fednano.client.remote import Caller, RemoteLanguageModel
+from fednano.client.remote import Caller, RemoteLanguageModel, announced
 from fednano.client.replicas import Replicas
 from fednano.client.settings import ClientSettings
 from fednano.models.checkpoint import read_record
 from fednano.wire.errors import FedNanoError, InvalidRequest, WrongModel
+from fednano.wire.tensor_pb2 import FP32
 
 _LOOKED_AT = 16  # examples that stand for all
 _RANK = 16
@@ -142,6 +143,9 @@ class Check:
         batch = Batch.of(looked)
         tokens, hidden = len(batch.base) / len(batch), half.record.hidden_size
         vectors = int(tokens * hidden * 4)
+        control = announced(batch.sequences(batch.base), FP32).ByteSize() * _BATCH // len(batch)
+        answers = float(batch.label_counts.mean())
+        logits = int(answers * half.record.vocabulary * 4)
         adapters = 2 * 2 * rank * hidden * 4
         self.report.outflow = [
             Outflow(
@@ -150,6 +154,13 @@ class Check:
                 f"step of {_BATCH} samples",
                 "one vector per token of image and text, fp32; the LLM's operator can read the text"
                 " back from them, and keeps none of it",
+            ),
+            Outflow("control", control, f"step of {_BATCH} samples", "where which tokens are"),
+            Outflow(
+                "logits",
+                logits * _BATCH,
+                f"step of {_BATCH} samples",
+                "only in runs with the loss on the client: the gradient of the logits",
             ),
             Outflow("labels", int(tokens * 4 * _BATCH), f"step of {_BATCH} samples", "answers"),
             Outflow("adapters", adapters, "round", f"two adapters of rank {rank}, fp32"),

@@ -36,6 +36,15 @@ class HalfRecord:
         (directory / RECORD).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where the adapter comes from, for its README."""
+
+    run: str
+    round: int
+    fingerprint: str
+
+
 def read_record(directory: Path, half: Half) -> HalfRecord:
     """Raises InvalidRequest where `directory` is not that half."""
     path = directory / RECORD

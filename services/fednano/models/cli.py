@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fednano.models.checkpoint import fingerprint
+from fednano.models.checkpoint import Origin, fingerprint
 from fednano.wire.errors import Conflict, Problem, WrongModel
 
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
@@ -97,16 +97,16 @@ def export_command(
     as_json: AsJson = False,
 ) -> None:
     """Write a round's adapters as a PEFT LoRA adapter for the unmodified stock model."""
-    from fednano.rest_client import RestClient, RestSettings, run_path
+    from fednano.rest_client import run_path
+    from fednano.runs_cli import session
 
-    token = token_file.read_text().strip() if token_file else None
-    flags = {"url": url, "token": token, "ca": ca, "insecure": insecure or None}
-    with RestClient(RestSettings.load(flags)) as client:
+    with session(url, token_file, ca, insecure) as client:
         record = client.get(run_path(run))
         number = _chosen_round(record, round_number)
         body = client.download(f"{run_path(run)}/rounds/{number}/adapter")
-    _check_model(model, record)
-    _export(body, model, out, run, number)
+    digest = fingerprint(model)
+    _check_model(digest, record)
+    _export(body, model, out, Origin(run, number, digest))
     if as_json:
         typer.echo(json.dumps({"run": run, "round": number, "out": str(out)}))
     else:
@@ -122,19 +122,19 @@ def _chosen_round(record: dict[str, Any], wanted: int | None) -> int:
     return int(best)
 
 
-def _check_model(model: Path, record: dict[str, Any]) -> None:
+def _check_model(found: str, record: dict[str, Any]) -> None:
     """Raises WrongModel where the run's members hold halves of another checkpoint."""
-    wanted, found = record.get("fingerprint"), fingerprint(model)
+    wanted = record["fingerprint"]
     if wanted and wanted != found:
         problem = Problem("--model fingerprint", wanted, found)
         raise WrongModel(f"the run tuned another checkpoint: {problem}", problem)
 
 
-def _export(body: bytes, model: Path, out: Path, run: str, number: int) -> None:
-    from fednano.models.export import Origin, export_peft
+def _export(body: bytes, model: Path, out: Path, origin: Origin) -> None:
+    from fednano.models.export import export_peft
 
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "adapter.safetensors"
         path.write_bytes(body)
         adapters, _ = load_adapter(path)
-    export_peft(model, adapters, out, Origin(run, number, fingerprint(model)))
+    export_peft(model, adapters, out, origin)

@@ -10,7 +10,6 @@ Because a_m(x) = x + s B A x is linear it moves into the layer before it, exactl
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from fednano.models.checkpoint import Origin
 from fednano.models.language_model import LowRank
 from fednano.models.split import FAMILIES
 from fednano.wire.errors import InvalidRequest
@@ -47,15 +47,6 @@ model = PeftModel.from_pretrained(model, "THIS_DIRECTORY")
 - Before merging into a checkpoint with tied embeddings, untie `lm_head`: merging changes the
   embedding table, which must not change the output layer.
 """
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where the adapter comes from, for its README."""
-
-    run: str
-    round: int
-    fingerprint: str
 
 
 def export_peft(model_dir: Path, adapters: dict[str, LowRank], out: Path, origin: Origin) -> None:
