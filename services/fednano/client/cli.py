@@ -5,125 +5,127 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from fednano.client.settings import ClientSettings
 from fednano.wire.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from fednano.client.check import Report
 
 client_app = typer.Typer(
     no_args_is_help=True,
-    help="A site's own process beside its data. Every option can also be given as "
-    "FEDNANO_CLIENT_<OPTION>; FEDNANO_CLIENT_TOKEN_FILE names a file that holds the token.",
+    help="A site's own process beside its data. FEDNANO_CLIENT_TOKEN_FILE names a file that holds "
+    "the token.",
 )
 
-Coordinator = Annotated[str | None, typer.Option(help="host:port of the coordinator's gRPC.")]
-Llm = Annotated[str | None, typer.Option(help="host:port of the LLM service.")]
-TokenFile = Annotated[Path | None, typer.Option(help="File with a token of role site.")]
-Edge = Annotated[Path | None, typer.Option(help="The edge half that `fednano split` wrote.")]
-ClientId = Annotated[str | None, typer.Option("--id", help="Client id. [default: host name]")]
-CacheDir = Annotated[
-    Path | None, typer.Option(help="Keep encoded images here (mode 0700) between runs.")
+
+def _option(name: str, *flags: str, help: str = "") -> Any:
+    """The flag of a setting: its help, default and environment variable come from there."""
+    field = ClientSettings.model_fields[name]
+    default: Any = "required" if field.is_required() else field.get_default()
+    hidden = field.default_factory is not None or default in (None, "", False)
+    return typer.Option(
+        *(flags or (f"--{name.replace('_', '-')}",)),
+        help=help or field.description,
+        envvar=f"FEDNANO_CLIENT_{name}".upper(),
+        show_default=False if hidden else str(default),
+    )
+
+
+Coordinator = Annotated[str | None, _option("coordinator")]
+Llm = Annotated[str | None, _option("llm")]
+Edge = Annotated[Path | None, _option("edge")]
+Id = Annotated[str | None, _option("id", help="client id; the host's name unless given")]
+Data = Annotated[Path | None, _option("data")]
+CacheDir = Annotated[Path | None, _option("cache_dir")]
+Tls = Annotated[bool | None, _option("tls", "--tls", help="check services by the system's CAs")]
+TlsCa = Annotated[Path | None, _option("tls_ca", help="check services by this CA (PEM)")]
+TlsServerName = Annotated[
+    str | None, _option("tls_server_name", help="name in the certificate, if not the address's")
 ]
-Data = Annotated[Path | None, typer.Option(help="JSONL file: image(s), question, answer.")]
-TlsCa = Annotated[Path | None, typer.Option(help="CA certificate; turns TLS on.")]
-Tls = Annotated[bool | None, typer.Option("--tls", help="TLS, checked by the system's CAs.")]
-TlsName = Annotated[str | None, typer.Option(help="Name in the certificate, if not the address's.")]
 Insecure = Annotated[
-    bool | None, typer.Option("--insecure", help="Send tokens in the clear beyond loopback.")
+    bool | None,
+    _option("insecure", "--insecure", help="send tokens in the clear beyond this machine"),
 ]
-Retry = Annotated[float | None, typer.Option(help="Seconds a service may be away.")]
-Config = Annotated[Path | None, typer.Option(help="YAML file with any of these settings.")]
-AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(help="file with a token of role site", envvar="FEDNANO_CLIENT_TOKEN_FILE"),
+]
+Config = Annotated[Path | None, typer.Option(help="YAML file with any of these settings")]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output")]
 
 
-def _settings(token_file: Path | None, config: Path | None, **flags: Any) -> Any:
-    from fednano.client.settings import ClientSettings
-
+def _settings(context: typer.Context, **more: Any) -> ClientSettings:
+    """From the options of the command that are settings, and `more`."""
+    given = context.params
+    flags = {name: value for name, value in given.items() if name in ClientSettings.model_fields}
+    token_file = given["token_file"]
     if token_file is not None:
         try:
             flags["token"] = token_file.read_text().strip()
         except OSError as error:
             raise InvalidRequest.of("--token-file", "a readable file", error) from None
-    return ClientSettings.load(flags, config)
+    return ClientSettings.load({**flags, **more}, given["config"])
 
 
 @client_app.command("run")
 def run_command(
+    context: typer.Context,
     coordinator: Coordinator = None,
     llm: Llm = None,
     token_file: TokenFile = None,
     edge: Edge = None,
-    client_id: ClientId = None,
-    run: Annotated[str | None, typer.Option(help="Run to join; else any that wants it.")] = None,
-    role: Annotated[str | None, typer.Option(help="trainer or evaluator.")] = None,
+    id: Id = None,
+    run: Annotated[str | None, _option("run")] = None,
+    role: Annotated[str | None, _option("role", help="trainer or evaluator")] = None,
     data: Data = None,
     cache_dir: CacheDir = None,
-    threads: Annotated[int | None, typer.Option(help="Torch threads. [default: 1]")] = None,
-    once: Annotated[bool | None, typer.Option("--once", help="End with the first run.")] = None,
-    heartbeat_seconds: Annotated[float | None, typer.Option(help="[default: 2]")] = None,
-    retry_seconds: Retry = None,
+    threads: Annotated[int | None, _option("threads")] = None,
+    once: Annotated[bool | None, _option("once", "--once")] = None,
+    heartbeat_seconds: Annotated[float | None, _option("heartbeat_seconds")] = None,
+    retry_seconds: Annotated[float | None, _option("retry_seconds")] = None,
     tls: Tls = None,
     tls_ca: TlsCa = None,
-    tls_server_name: TlsName = None,
+    tls_server_name: TlsServerName = None,
     insecure: Insecure = None,
-    log_json: Annotated[bool | None, typer.Option("--log-json")] = None,
-    log_level: Annotated[str | None, typer.Option(help="[default: info]")] = None,
+    log_json: Annotated[bool | None, _option("log_json", "--log-json")] = None,
+    log_level: Annotated[str | None, _option("log_level")] = None,
     config: Config = None,
 ) -> None:
     """Join runs and train or evaluate, until stopped."""
     from fednano import logs
     from fednano.client import daemon
 
-    flags = {k: v for k, v in locals().items() if k in _FLAGS}
-    settings = _settings(token_file, config, id=client_id, **flags)
+    settings = _settings(context)
     logs.configure("client", settings.log_json, settings.log_level)
     raise typer.Exit(daemon.run(settings))
 
 
-_FLAGS = [
-    "coordinator",
-    "llm",
-    "edge",
-    "run",
-    "role",
-    "data",
-    "cache_dir",
-    "threads",
-    "once",
-    "heartbeat_seconds",
-    "retry_seconds",
-    "tls",
-    "tls_ca",
-    "tls_server_name",
-    "insecure",
-    "log_json",
-    "log_level",
-]
-
-
 @client_app.command("check")
 def check_command(
+    context: typer.Context,
     coordinator: Coordinator = None,
     llm: Llm = None,
     token_file: TokenFile = None,
     edge: Edge = None,
-    client_id: ClientId = None,
+    id: Id = None,
     data: Data = None,
     cache_dir: CacheDir = None,
-    rank: Annotated[int, typer.Option(min=1, help="Adapter rank to reckon with.")] = 16,
+    rank: Annotated[int, typer.Option(min=1, help="adapter rank to reckon with")] = 16,
     tls: Tls = None,
     tls_ca: TlsCa = None,
-    tls_server_name: TlsName = None,
+    tls_server_name: TlsServerName = None,
     insecure: Insecure = None,
     config: Config = None,
     as_json: AsJson = False,
 ) -> None:
     """Check data, token, TLS, reachability, fingerprint and disk; show what would leave here."""
-    flags = {k: v for k, v in locals().items() if k in _FLAGS}
-    settings = _settings(token_file, config, id=client_id, **flags)
+    settings = _settings(context)
     settings.set_threads()
     from fednano.client.check import Check
 
@@ -135,7 +137,7 @@ def check_command(
     raise typer.Exit(0 if report.ok else 1)
 
 
-def _show(report: Any) -> None:
+def _show(report: Report) -> None:
     from fednano.client.check import human_bytes
 
     console = Console()
@@ -152,8 +154,9 @@ def _show(report: Any) -> None:
 
 @client_app.command("purge")
 def purge_command(
-    cache_dir: Annotated[Path, typer.Option(help="The cache directory that the client was given.")],
-    yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
+    cache_dir: Annotated[Path, typer.Option(help="the cache directory that the client was given")],
+    yes: Annotated[bool, typer.Option("--yes", help="don't ask")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Remove everything that a client has cached on disk."""
     from fednano.client.cache import purge
@@ -164,44 +167,45 @@ def purge_command(
         size = purge(cache_dir)
     except FileNotFoundError as error:
         raise InvalidRequest(str(error)) from None
-    typer.echo(f"removed {size:,} bytes from {cache_dir}")
+    removed = {"removed_bytes": size, "cache_dir": str(cache_dir)}
+    typer.echo(json.dumps(removed) if as_json else f"removed {size:,} bytes from {cache_dir}")
 
 
 def ask_command(
-    question: Annotated[str, typer.Argument(help="What to ask.")],
+    context: typer.Context,
+    question: Annotated[str, typer.Argument(help="what to ask")],
     image: Annotated[
-        list[Path] | None, typer.Option(exists=True, dir_okay=False, help="Image; repeatable.")
+        list[Path] | None, typer.Option(exists=True, dir_okay=False, help="image; repeatable")
     ] = None,
-    run: Annotated[str, typer.Option(help="Answer with this run's adapters; else with none.")] = "",
+    adapters_of: Annotated[
+        str, typer.Option("--run", help="answer with this run's adapters; else with none")
+    ] = "",
     round_number: Annotated[
-        int | None, typer.Option("--round", min=0, help="Round. [default: the best one]")
+        int | None, typer.Option("--round", min=0, help="of the run  [default: the best one]")
     ] = None,
     coordinator: Coordinator = None,
     llm: Llm = None,
     token_file: TokenFile = None,
     edge: Edge = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest words.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest words")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="of sampling, where temperature is not 0")] = 0,
     tls: Tls = None,
     tls_ca: TlsCa = None,
-    tls_server_name: TlsName = None,
+    tls_server_name: TlsServerName = None,
     insecure: Insecure = None,
     config: Config = None,
     as_json: AsJson = False,
 ) -> None:
     """Ask the tuned model; the answer appears as it is written."""
-    wanted = set(_FLAGS) - {"run", "data"}
-    flags = {k: v for k, v in locals().items() if k in wanted}
-    settings = _settings(token_file, config, retry_seconds=20.0, **flags)
+    settings = _settings(context, retry_seconds=20.0)
     settings.set_threads()
     from fednano.client.ask import Question, Which, answer
     from fednano.models.language_model import Sampling
 
+    asked = Question(question, tuple(image or ()))
     sampling = Sampling(max_new_tokens, temperature, seed=seed)
-    pieces = answer(
-        settings, Question(question, tuple(image or ())), Which(run, round_number), sampling
-    )
+    pieces = answer(settings, asked, Which(adapters_of, round_number), sampling)
     if as_json:
         typer.echo(json.dumps({"question": question, "answer": "".join(pieces)}))
         return

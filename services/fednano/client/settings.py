@@ -23,19 +23,19 @@ class ClientSettings(CallerTls):
 
     coordinator: str = Field("127.0.0.1:50052", description="host:port of the coordinator's gRPC")
     llm: str = Field("127.0.0.1:50051", description="host:port of the LLM service")
-    token: SecretStr = Field(description="of role site; or FEDNANO_CLIENT_TOKEN_FILE")
+    token: SecretStr = Field(description="bearer token of role site")
     edge: Path = Field(description="the edge half, as `fednano split` wrote it")
     id: str = Field(default_factory=socket.gethostname, min_length=1, max_length=128)
     run: str = Field("", description="the run to join; empty: any that wants this client")
-    role: Literal["trainer", "evaluator"] = "trainer"
+    role: Literal["trainer", "evaluator"] = Field("trainer", description="what it does in a run")
     data: Path | None = Field(None, description="JSONL file, for runs on the clients' own data")
     cache_dir: Path | None = Field(None, description="keep encoded images here (mode 0700)")
     threads: int = Field(1, ge=1, description="torch threads")
     once: bool = Field(False, description="end with the first run: 0 finished, 1 otherwise")
-    heartbeat_seconds: float = Field(2.0, gt=0)
+    heartbeat_seconds: float = Field(2.0, gt=0, description="between signs of life")
     retry_seconds: float = Field(300.0, gt=0, description="how long a service may be away")
-    log_json: bool = False
-    log_level: str = "info"
+    log_json: bool = Field(False, description="logs as JSON, one object per line")
+    log_level: str = Field("info", description="debug, info, warning or error")
 
     def check(self) -> None:
         """Raises InvalidRequest for addresses that are none, or that need TLS."""
