@@ -7,12 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import grpc
 import numpy as np
 from fednano.coordinator.records import Tensors
 from fednano.coordinator.strategies import Update, initial_adapter, strategy_of
-from fednano.wire.channels import make_channel, translated
+from fednano.wire.channels import ClientTls, make_channel, translated
 from fednano.wire.codec import Payload, chunked, pack, spec_of
 from fednano.wire.coordinator_pb2 import (
     EVALUATOR,
@@ -102,6 +103,7 @@ class FakeClient:
     samples: int = 10
     run: str = ""
     session: str = ""
+    ca: Path | None = None  # speaks TLS where there is one
     twin: int = 0  # port of another coordinator, to turn to when this one is gone
     channel: grpc.Channel = field(init=False)
 
@@ -110,7 +112,8 @@ class FakeClient:
 
     def dial(self, port: int) -> None:
         self.port = port
-        self.channel = make_channel(f"127.0.0.1:{port}")
+        tls = ClientTls(self.ca) if self.ca else None
+        self.channel = make_channel(f"127.0.0.1:{port}", tls)
         self.stub = CoordinatorStub(self.channel)
 
     def close(self) -> None:

@@ -7,18 +7,27 @@ import subprocess
 import sys
 
 import grpc
+import httpx
 import pytest
 from fednano.coordinator.server import CoordinatorServer
 from fednano.wire import coordinator_pb2
-from fednano.wire.channels import make_channel
+from fednano.wire.channels import listen, make_channel, make_server
 from fednano.wire.coordinator_pb2_grpc import CoordinatorStub
-from fednano.wire.errors import InvalidRequest, PermissionDenied, SessionEnded, Unauthenticated
+from fednano.wire.errors import (
+    Busy,
+    InvalidRequest,
+    NotFound,
+    PermissionDenied,
+    SessionEnded,
+    Unauthenticated,
+)
 from fednano.wire.interceptors import bearer
-from fednano.wire.sessions import SessionVerifier
+from fednano.wire.sessions import Identity, SessionVerifier
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.coordinator.conftest import ADMIN, PUBLIC_KEY, Running, settings_of
 from tests.coordinator.federation import FakeClient, config_of
+from tests.redis_server import RedisServer
 
 METHODS = list(coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"].methods)
 
@@ -125,8 +134,91 @@ async def test_a_client_id_stays_with_its_token_and_a_session_too(coordinator: R
         client.close()
 
 
-async def test_an_odd_client_id_is_refused(coordinator: Running) -> None:
-    client = FakeClient(coordinator.port, ADMIN, "a:b")
+async def test_a_login_under_another_sites_client_id_is_refused(coordinator: Running) -> None:
+    await coordinator.store.create_run(config_of(), "test")
+    token, owner = await site_client(coordinator, "hospital", "c0")
+    _, stranger = await site_client(coordinator, "factory", "c0")
+    await joined(owner)
+    request = coordinator_pb2.LoginRequest(header=owner.header())
+    with pytest.raises(PermissionDenied, match="belongs to another token"):
+        await asyncio.to_thread(stranger.call, "Login", request)
+    assert (await asyncio.to_thread(owner.call, "Login", request)).HasField("llm_token")
+    await coordinator.store.revoke_token(token)  # from now on the id may be inherited
+    assert (await asyncio.to_thread(stranger.call, "Login", request)).HasField("llm_token")
+    owner.close()
+    stranger.close()
+
+
+async def test_the_token_for_the_llm_service_is_renewed_at_half_its_life(
+    redis_server: RedisServer,
+) -> None:
+    server = CoordinatorServer(settings_of(redis_server.url, session_seconds=4.0))
+    client = FakeClient((await server.start()).grpc, ADMIN, "c0", run="trial")
+    await server.store.create_run(config_of(), "test")
+    await joined(client)
+    first, second = [await asyncio.to_thread(client.heartbeat) for _ in range(2)]
+    await asyncio.sleep(2.2)
+    third = await asyncio.to_thread(client.heartbeat)
+    assert [reply.HasField("llm_token") for reply in (first, second, third)] == [True, False, True]
+    assert third.llm_token.expires_at_ms > first.llm_token.expires_at_ms
+    assert SessionVerifier(PUBLIC_KEY).verify(third.llm_token.token).name == "c0"
+    client.close()
+    await server.stop()
+
+
+async def test_a_refused_call_is_logged_with_what_its_header_tells(
+    coordinator: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = FakeClient(coordinator.port, ADMIN, "c0", run="none", session="x")
+    request = coordinator_pb2.NextTaskRequest(header=client.header(7))
+    with caplog.at_level("INFO"), pytest.raises(NotFound):
+        await asyncio.to_thread(client.call, "NextTask", request)
+    record = next(record for record in caplog.records if record.message == "request refused")
+    told = (record.run, record.round, record.client, record.request_id)  # type: ignore[attr-defined]
+    assert told == ("none", 7, "c0", request.header.request)
+    client.close()
+
+
+async def test_those_without_a_token_can_t_fill_the_log(
+    coordinator: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = FakeClient(coordinator.port, "fn_wrong", "c0")
+    with caplog.at_level("INFO"):
+        with pytest.raises(Unauthenticated):
+            await asyncio.to_thread(client.join)
+        async with httpx.AsyncClient(trust_env=False) as http:
+            reply = await http.get(f"http://127.0.0.1:{coordinator.http_port}/api/v1/runs")
+    assert reply.status_code == 401
+    assert [r for r in caplog.records if r.message in ("request refused", "http request")] == []
+    client.close()
+
+
+async def test_more_calls_than_a_server_takes_may_be_tried_again() -> None:
+    async def admit(_: str) -> Identity:
+        await asyncio.sleep(1)
+        raise Unauthenticated
+
+    server = make_server(admit, most_calls=1)
+    server.add_generic_rpc_handlers([])
+    port = listen(server, "127.0.0.1", 0, None)
+    await server.start()
+    clients = [FakeClient(port, "any", "c0") for _ in range(2)]
+    calls = [asyncio.to_thread(client.join) for client in clients]
+    refusals = await asyncio.gather(*calls, return_exceptions=True)
+    assert {type(refusal) for refusal in refusals} == {Unauthenticated, Busy}
+    await server.stop(0)
+
+
+def test_a_redis_address_that_is_none_is_named(redis_server: RedisServer) -> None:
+    for url in ("foo", "redis://:secret@host:port/0"):
+        with pytest.raises(InvalidRequest, match=r"redis_url: expected redis://") as refused:
+            CoordinatorServer(settings_of(url))
+        assert "secret" not in refused.value.detail
+
+
+@pytest.mark.parametrize("name", ["a:b", "abc\n", "", "a" * 129])
+async def test_an_odd_client_id_is_refused(coordinator: Running, name: str) -> None:
+    client = FakeClient(coordinator.port, ADMIN, name)
     with pytest.raises(InvalidRequest, match=r"header\.client"):
         await asyncio.to_thread(client.join)
     client.close()

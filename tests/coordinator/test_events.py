@@ -83,7 +83,10 @@ async def test_from_now_on_tells_only_what_is_new(site: Site) -> None:
         assert json.loads(text.removeprefix("data:"))["state"] == "stopped"
 
 
-@pytest.mark.parametrize("after", ["x", "1", "1-", "-1-1", "1-1;"])
+@pytest.mark.parametrize(
+    "after",
+    ["x", "1", "1-", "-1-1", "1-1;", f"{2**64}-0", f"1-{2**64}", f"{2**64 - 1}-{2**64 - 1}"],
+)
 async def test_an_id_that_can_t_be_is_refused(site: Site, after: str) -> None:
     await site.http.post("/runs", json=config().model_dump(mode="json"))
     assert (await site.http.get(PATH, params={"after": after})).status_code == 422

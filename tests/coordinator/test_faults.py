@@ -119,6 +119,7 @@ async def test_enrolment_without_enough_clients_fails_the_run(coordinator: Runni
     await join_all(only)
 
     async def failed() -> bool:
+        await asyncio.to_thread(only[0].heartbeat)  # it is there all the time, on any machine
         return (await coordinator.store.run("trial")).state is RunState.FAILED
 
     await until(failed)

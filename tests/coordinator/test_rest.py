@@ -244,6 +244,17 @@ async def test_every_route_is_described(site: Site) -> None:
         assert name in schema["components"]["schemas"]
 
 
+async def test_a_path_is_logged_without_control_characters(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("DEBUG"):
+        await site.http.get(f"{site.url}/%1b]0;owned%07/" + "x" * 1000)
+    record = next(record for record in caplog.records if record.message == "http request")
+    path: str = record.path  # type: ignore[attr-defined]
+    assert path.startswith("/%1B%5D0;owned%07/x")
+    assert len(path) <= 300
+
+
 async def test_the_pages_load_nothing_from_elsewhere(site: Site) -> None:
     for path in ("/", "/docs"):
         page = (await site.http.get(f"{site.url}{path}")).text

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator
 
 import numpy as np
 import pytest
+from fednano.coordinator import keys
 from fednano.coordinator.records import RoundRecord, Tensors
 from fednano.wire.codec import spec_of
-from fednano.wire.coordinator_pb2 import NextTaskReply, SubmitReply, SubmitRequest
-from fednano.wire.errors import BadTensor, InvalidRequest, SessionEnded
-from fednano.wire.tensor_pb2 import BF16, FP16, INT8
+from fednano.wire.coordinator_pb2 import Costs, NextTaskReply, SubmitReply, SubmitRequest
+from fednano.wire.errors import BadTensor, FedNanoError, InvalidRequest, SessionEnded
+from fednano.wire.tensor_pb2 import BF16, FP16, FP32, INT8
 
 from tests.coordinator.conftest import ADMIN, Running
 from tests.coordinator.federation import FakeClient, config_of, same_bytes, step
+from tests.redis_server import RedisServer
 
 NAMES = ["image.down", "image.up", "text.down", "text.up"]
 
@@ -150,6 +153,86 @@ async def test_a_bad_update_is_refused_with_the_reason(table: Table, spoil) -> N
     events = await table.running.store.events("trial")
     told = [event.data for event in events if event.kind == "update"]
     assert [(data["result"], data["reason"]) for data in told] == [("refused", reply.reason)]
+
+
+def endless(requests: Iterator[SubmitRequest]) -> Iterator[SubmitRequest]:
+    """A client that would send for longer than a call may take."""
+    yield next(requests)
+    for _ in range(3000):
+        time.sleep(0.01)
+        yield SubmitRequest(chunk=b"")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [without_fisher, misnamed, misshaped, of_another_base, without_samples, with_a_bad_metric],
+)
+async def test_nothing_is_received_for_a_head_that_won_t_do(table: Table, spoil) -> None:
+    adapter, fisher, changes = spoil(*table.trained(table.one))
+    reply = await asyncio.to_thread(lambda: table.submit(adapter, fisher, parts=endless, **changes))
+    assert reply.result == SubmitReply.REFUSED
+
+
+async def test_nothing_is_received_of_a_client_that_has_submitted(table: Table) -> None:
+    await asyncio.to_thread(table.submit, *table.trained(table.one))
+    again = lambda: table.submit(*table.trained(table.one), parts=endless)  # noqa: E731
+    assert (await asyncio.to_thread(again)).result == SubmitReply.DUPLICATE
+
+
+async def test_a_tensor_announced_twice_is_refused(table: Table) -> None:
+    adapter, fisher = table.trained(table.one)
+    specs = [spec_of(name, adapter[name], FP32) for name in [*adapter, "text.up"]]
+    reply = await asyncio.to_thread(lambda: table.submit(adapter, fisher, tensors=specs))
+    assert reply.reason == "tensors: expected each tensor once, got one of them twice"
+
+
+async def test_a_long_reason_is_cut_before_it_is_kept(table: Table) -> None:
+    adapter, fisher = table.trained(table.one)
+    more = {f"x{number}": adapter["text.up"] for number in range(1000)}
+    reply = await asyncio.to_thread(lambda: table.submit({**adapter, **more}, fisher))
+    assert (len(reply.reason), reply.reason[-3:]) == (500, "...")
+    events = await table.running.store.events("trial")
+    assert events[-1].data["reason"] == reply.reason
+
+
+async def test_costs_are_of_rounds_that_were_and_no_more_than_can_be(table: Table) -> None:
+    def beat(number: int, **costs: object) -> None:
+        table.one.heartbeat(number, costs=Costs(**costs))
+
+    for number, costs in (
+        (2, {"client_seconds": 1.0}),
+        (1, {"client_seconds": 1e300}),
+        (1, {"sent_bytes": {"adapters": 1 << 41}}),
+        (1, {"sent_bytes": {"mine": 1 << 40, "yours": 1}}),
+    ):
+        with pytest.raises(InvalidRequest, match=r"header\.round|costs\."):
+            await asyncio.to_thread(lambda n=number, c=costs: beat(n, **c))
+    rows, _ = await table.running.store.ledger("trial")
+    assert rows == []
+    await asyncio.to_thread(lambda: beat(1, sent_bytes={"adapters": 7}))
+    assert (await table.round()).bytes == {"adapters": 7}
+
+
+async def test_a_counter_that_is_full_costs_nobody_an_update(
+    table: Table, redis_server: RedisServer
+) -> None:
+    with redis_server.client() as client:
+        client.hset(keys.ledger_totals("trial"), "sent:adapters", 2**63 - 1)
+    reply = await asyncio.to_thread(table.submit, *table.trained(table.one))
+    assert reply.result == SubmitReply.ACCEPTED
+    assert (await table.round()).clients.submitted == ("c0",)
+
+
+async def test_a_claim_that_fails_midway_claims_nothing(
+    table: Table, redis_server: RedisServer
+) -> None:
+    with redis_server.client() as client:
+        client.set(keys.ledger_index("trial"), "damaged")
+    with pytest.raises(FedNanoError):
+        await asyncio.to_thread(table.submit, *table.trained(table.one))
+    assert (await table.round()).clients.submitted == ()
+    with redis_server.client() as client:
+        assert not client.exists(keys.update("trial", 1, 1, "c0"))
 
 
 async def test_a_refused_client_may_send_a_better_update(table: Table) -> None:

@@ -18,7 +18,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from fednano.coordinator import keys, scripts
-from fednano.wire.errors import Busy, FedNanoError, Unavailable
+from fednano.wire.errors import Busy, FedNanoError, InvalidRequest, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,10 @@ class Commit:
         """That the hash's field has this value; "" where it must not exist."""
         self._guards += [key, field, value]
         return self
+
+    def expect_size(self, key: str, size: int) -> Commit:
+        """That the hash has so many fields."""
+        return self.expect(key, "", str(size))
 
     def do(self, *command: str | bytes | int | float) -> Commit:
         self._writes += [len(command), *command]
@@ -94,14 +98,7 @@ class Database:
     def __init__(self, url: str, clock: Callable[[], float]) -> None:
         self.clock = clock
         self.reachable_since = clock()  # before that, nobody's sign of life was recorded
-        self.redis = aioredis.Redis.from_url(
-            url,
-            protocol=2,
-            socket_timeout=None,  # ours is `bounded`: redis-py's wait_for may swallow a cancellation
-            socket_connect_timeout=2,
-            retry=Retry(NoBackoff(), 0),
-            retry_on_error=[],
-        )
+        self.redis = _connection(url)
         self._scripts = {
             name: self.redis.register_script(getattr(scripts, name))
             for name in scripts.__dict__
@@ -225,6 +222,22 @@ class Database:
 
     async def close(self) -> None:
         await self.redis.aclose()
+
+
+def _connection(url: str) -> aioredis.Redis:
+    """Connects when first used. Raises InvalidRequest, without the password that may be in there."""
+    try:
+        return aioredis.Redis.from_url(
+            url,
+            protocol=2,
+            socket_timeout=None,  # ours is `bounded`: redis-py's wait_for may swallow a cancellation
+            socket_connect_timeout=2,
+            retry=Retry(NoBackoff(), 0),
+            retry_on_error=[],
+        )
+    except ValueError:
+        wanted = "redis://HOST:PORT/DATABASE, rediss://... or unix://PATH"
+        raise InvalidRequest.of("redis_url", wanted, "another text") from None
 
 
 def text_of(value: str | bytes) -> str:

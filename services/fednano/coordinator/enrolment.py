@@ -104,7 +104,9 @@ class Enrolment:
     async def _enter(self, run: StoredRun, applicant: Applicant) -> Admission | str:
         known = await self._store.members.get(run.name, applicant.client)
         if known is not None:
-            await self._check_owner(known, applicant)
+            if known.role != applicant.role:
+                raise Conflict(f"client {known.id!r} is a member as {known.role}")
+            await self._check_owner(known.id, known.token_id, known.token_name, applicant.token)
         model = self._with_model(run, applicant)
         if known is not None and (known.role == "evaluator" or known.id in run.members):
             return await self._admit(run, model, applicant, known.shard, joined=known.joined_at)
@@ -161,17 +163,24 @@ class Enrolment:
         )
         return Admission(after, await self._store.members.admit(before, after, client, replaced))
 
-    async def _check_owner(self, known: StoredClient, applicant: Applicant) -> None:
-        """A client id stays with its token, with one of the same name, or with a revoked one's heir."""
-        if known.role != applicant.role:
-            raise Conflict(f"client {known.id!r} is a member as {known.role}")
-        token = applicant.token
-        if token.role == "admin" or known.token_name == token.name:
+    async def check_login(self, client: str, token: Identity) -> None:
+        """Outside a run a client may bear no name that is another token's in any run.
+
+        Raises PermissionDenied.
+        """
+        if token.role == "admin":
             return
-        old = await self._store.token_store.get(known.token_id)
+        for token_id, name in await self._store.members.holders(client):
+            await self._check_owner(client, token_id, name, token)
+
+    async def _check_owner(self, client: str, token_id: str, name: str, token: Identity) -> None:
+        """A client id stays with its token, with one of the same name, or with a revoked one's heir."""
+        if token.role == "admin" or name == token.name:
+            return
+        old = await self._store.token_store.get(token_id)
         revoked = old is None or old.revoked
-        if known.token_id == BOOTSTRAP.token_id or not revoked:
-            raise PermissionDenied(f"client id {known.id!r} belongs to another token")
+        if token_id == BOOTSTRAP.token_id or not revoked:
+            raise PermissionDenied(f"client id {client!r} belongs to another token")
 
     def _with_model(self, run: StoredRun, applicant: Applicant) -> StoredRun:
         """The run with its model fixed by the first member. Raises WrongModel for another one."""

@@ -6,6 +6,7 @@ import logging
 import re
 import time
 import uuid
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -28,6 +29,8 @@ SECURITY_HEADERS = {
 }
 MAX_BODY_BYTES = 1 << 20  # the largest body is a RunConfig
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_SAFE = "/:@!$&'()*+,;=~"
+_LONGEST_PATH = 300
 _QUIET = ("/healthz", "/readyz", "/metrics", "/static/")
 
 
@@ -93,11 +96,11 @@ def _note(scope: Scope, status: int, seconds: float) -> None:
     identity = state.get("identity")
     reading = scope["method"] in ("GET", "HEAD") and status < 400
     log.log(
-        logging.DEBUG if reading or path.startswith(_QUIET) else logging.INFO,
+        logging.DEBUG if reading or status == 401 or path.startswith(_QUIET) else logging.INFO,
         "http request",
         extra={
             "method": scope["method"],
-            "path": path,
+            "path": quote(path, safe=_SAFE)[:_LONGEST_PATH],  # no control characters in a terminal
             "status": status,
             "ms": round(seconds * 1000, 1),
             "by": identity.name if identity else None,

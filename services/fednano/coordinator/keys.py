@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 ROOT = "fednano"
-CLIENT_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # the whole of it
 
 SCHEMA = f"{ROOT}:schema"  # string: version of this layout
 LEADER = f"{ROOT}:leader"  # string with a time to live: "<owner>:<fence>"

@@ -16,7 +16,7 @@ from fednano.coordinator.database import LeaseLost
 from fednano.coordinator.metrics import Metrics
 from fednano.coordinator.rounds import Rounds
 from fednano.coordinator.store import Store
-from fednano.wire.errors import Busy, FedNanoError, Unavailable
+from fednano.wire.errors import Busy, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -36,25 +36,28 @@ class Leader:
     async def serve(self) -> None:
         """Until cancelled; then the lease is given back."""
         while True:
-            lease = await self._acquire()
-            if lease:
-                log.info("leading", extra={"lease": lease})
-                self._metrics.leader.set(1)
-                try:
-                    await self._lead(lease)
-                finally:
-                    self._metrics.leader.set(0)
-                    await self._release(lease)
+            try:
+                await self._try()
+            except Unavailable:
+                pass  # told where it was noticed
+            except Exception as error:  # whatever it is, nobody else may be there to lead
+                log.warning("leading failed, trying again", extra={"reason": repr(error)})
             await asyncio.sleep(self._seconds / 4)
 
-    async def _acquire(self) -> str:
+    async def _try(self) -> None:
+        lease = await self._store.lease.acquire(self._owner, self._seconds)
+        if not lease:
+            return
+        log.info("leading", extra={"lease": lease})
+        self._metrics.leader.set(1)
         try:
-            return await self._store.lease.acquire(self._owner, self._seconds)
-        except Unavailable:
-            return ""
+            await self._lead(lease)
+        finally:
+            self._metrics.leader.set(0)
+            await self._release(lease)
 
     async def _release(self, lease: str) -> None:
-        with suppress(FedNanoError):
+        with suppress(Exception):  # it runs out by itself
             await asyncio.shield(self._store.lease.release(lease))
 
     async def _lead(self, lease: str) -> None:
@@ -77,7 +80,9 @@ class Leader:
                 if not await self._store.lease.renew(lease, self._seconds):
                     raise LeaseLost("the leader's lease is another's")
                 good_until = asked + self._seconds
-            except Unavailable:
+            except LeaseLost:
+                raise
+            except Exception:
                 if loop.time() >= good_until:
                     raise LeaseLost("the leader's lease ran out") from None
 
@@ -115,7 +120,15 @@ class Leader:
                 log.exception("a run stumbled", extra={"run": name})
                 stumbles += 1
                 if stumbles >= _PATIENCE:
-                    reason = f"{type(error).__name__}; see the coordinator's log"
-                    with suppress(FedNanoError):
-                        await rounds.give_up(reason)
-                await asyncio.sleep(min(0.2 * 2**stumbles, 5))
+                    await self._give_up(rounds, error)
+                await asyncio.sleep(0.2 * 2 ** min(stumbles, 5))
+
+    async def _give_up(self, rounds: Rounds, error: Exception) -> None:
+        try:
+            await rounds.give_up(f"{type(error).__name__}; see the coordinator's log")
+        except LeaseLost:
+            raise
+        except Exception as failure:  # a damaged record, or Redis takes no writes
+            log.warning(
+                "giving a run up failed", extra={"run": rounds.name, "reason": repr(failure)}
+            )

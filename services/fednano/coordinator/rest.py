@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -62,8 +63,17 @@ class Files(StaticFiles):
         return response
 
 
-def make_app(*, store: Store, settings: ListenerTls, metrics: HasRegistry) -> FastAPI:
-    """The application. `app.state.streams.close()` must be called before its server stops."""
+def make_app(
+    *,
+    store: Store,
+    settings: ListenerTls,
+    metrics: HasRegistry,
+    works: Callable[[], bool] = lambda: True,
+) -> FastAPI:
+    """The application; `works` tells /readyz whether the rest of the process does.
+
+    `app.state.streams.close()` must be called before its server stops.
+    """
     app = FastAPI(
         title="FedNano coordinator",
         version=__version__,
@@ -74,17 +84,22 @@ def make_app(*, store: Store, settings: ListenerTls, metrics: HasRegistry) -> Fa
     )
     app.state.store = store
     app.state.metrics = metrics
+    app.state.works = works
     app.state.streams = EventStreams(store)
     app.state.tls = settings.server_tls() is not None
     for error in (FedNanoError, RequestValidationError, HTTPException):
         app.add_exception_handler(error, handle)
+    _add_routes(app)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def _add_routes(app: FastAPI) -> None:
     for router in (rest_runs.router, operations, login.router):
         app.include_router(router, prefix="/api/v1")
     app.include_router(service)
     app.include_router(pages)
     app.mount("/static", Files(directory=_DASHBOARD / "static"), name="static")
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
-    return app
 
 
 @service.get("/healthz", summary="Whether the process is alive; open to all")
@@ -93,8 +108,10 @@ async def healthz() -> HealthReply:
 
 
 @service.get("/readyz", summary="Whether the coordinator can work; open to all")
-async def readyz(store: StoreDep) -> HealthReply:
-    """503 while Redis is away."""
+async def readyz(request: Request, store: StoreDep) -> HealthReply:
+    """503 while Redis is away, and once this process can't lead any more."""
+    if not request.app.state.works():
+        raise Unavailable("this coordinator has ceased to lead; it must be started again")
     try:
         await asyncio.wait_for(store.ping(), _READY_SECONDS)
     except (FedNanoError, TimeoutError):

@@ -25,6 +25,7 @@ from fednano.coordinator.rest_models import (
     RunReply,
 )
 from fednano.coordinator.store import Store
+from fednano.coordinator.store_runs import checked_event_id
 from fednano.wire.run_config import RunConfig
 
 router = APIRouter(tags=["runs"])
@@ -83,7 +84,8 @@ async def command_run(
 ) -> RunReply:
     """Repeating a command changes nothing; one that the run's state doesn't allow is a 409.
 
-    A paused run finishes no round; a stopped one is over and keeps its results.
+    A paused run finishes the round in progress and opens no other; a stopped one is over and keeps
+    its results.
     """
     return RunReply.model_validate(await store.command(run, command, who.name))
 
@@ -182,6 +184,7 @@ async def follow_run(
     start = last_event_id or after
     if start == "now":
         start = await store.last_event_id(run)
+    checked_event_id(start)  # while there still can be a 422
     recheck = partial(store.identify, request.state.secret)
     return StreamingResponse(
         streams.follow(run, start, recheck),

@@ -72,11 +72,11 @@ class Rounds:
         return await steps[round_.state](run, round_)
 
     async def give_up(self, reason: str) -> None:
-        """The run fails visibly."""
+        """The run fails visibly, and so does its open round."""
         run = await self.store.run_store.get(self.name)
         if not run.state.ended:
             failed = replace(run, state=RunState.FAILED, failure=reason, finished_at=self._now())
-            await self.store.run_store.advance(self.lease, run, failed)
+            await self.store.run_store.give_up(self.lease, run, failed)
 
     def _now(self) -> float:
         return self.store.database.clock()
@@ -176,7 +176,7 @@ class Rounds:
         if len(candidates) < run.config.min_clients:
             if self._now() < round_.deadline:
                 return min(_SOON, round_.deadline - self._now())
-            return await self._fail(run, round_, len(candidates), "members were there")
+            return await self._fail(run, round_, len(candidates), "members were there", 0)
         cohort = sample_cohort(candidates, run, round_)
         deadline = self._now() + run.config.round_seconds
         await self.store.round_store.enlist(self.lease, run, round_, cohort, deadline)
@@ -194,17 +194,22 @@ class Rounds:
                 return _SOON  # the time in which nobody could submit doesn't count
         needed = len(cohort) if run.config.deterministic else run.config.min_clients
         if len(accepted) < needed:
-            return await self._fail(run, round_, len(accepted), "updates came in time")
+            got = len(accepted)
+            return await self._fail(run, round_, got, "updates came in time", got)
         await self.store.round_store.freeze(self.lease, run, round_)
         return 0
 
-    async def _fail(self, run: StoredRun, round_: StoredRound, got: int, what: str) -> float:
+    async def _fail(
+        self, run: StoredRun, round_: StoredRound, got: int, what: str, submitted: int
+    ) -> float:
         needed = run.config.min_clients
         if run.config.deterministic:
             needed = max(needed, len(await self.store.round_store.cohort(run.name, round_)))
         reason = f"attempt {round_.attempt} of round {round_.number}: {got} of {needed} {what}"
         last = round_.attempt >= run.config.max_attempts
-        await self.store.round_store.fail(self.lease, run, round_, reason, last)
+        await self.store.round_store.fail(
+            self.lease, run, round_, reason, submitted=submitted, last=last
+        )
         log.warning("round failed", extra={"run": run.name, "round": round_.number, "why": reason})
         return 0
 

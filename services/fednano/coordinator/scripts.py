@@ -7,12 +7,17 @@ from __future__ import annotations
 
 # A guarded transaction. KEYS: the leader's lease.
 # ARGV: lease ("" asks for none), guards, (hash, field, value)*, (count, command, argument*)*.
+# A guard's field "" stands for how many fields there are.
 # 1: done, 0: a guard did not hold, -1: the lease is another's.
 COMMIT = """
 if ARGV[1] ~= '' and redis.call('GET', KEYS[1]) ~= ARGV[1] then return -1 end
+local function found(hash, field)
+  if field == '' then return tostring(redis.call('HLEN', hash)) end
+  return redis.call('HGET', hash, field) or ''
+end
 local at = 3
 for _ = 1, tonumber(ARGV[2]) do
-  if (redis.call('HGET', ARGV[at], ARGV[at + 1]) or '') ~= ARGV[at + 2] then return 0 end
+  if found(ARGV[at], ARGV[at + 1]) ~= ARGV[at + 2] then return 0 end
   at = at + 3
 end
 while at <= #ARGV do
@@ -44,13 +49,15 @@ return redis.call('DEL', KEYS[1])
 """
 
 # Shared: counts what a client spent. `costs` is a list of (sent:kind or received:kind, bytes)*.
+# Whoever spends does so before anything else is written: a script that fails isn't rolled back.
 _SPEND = """
 local function spend(index, member, row, totals, round_bytes, costs, client_s, server_s)
   redis.call('ZADD', index, 0, member)
   for i = 1, #costs, 2 do
-    redis.call('HINCRBY', row, costs[i], costs[i + 1])
-    redis.call('HINCRBY', totals, costs[i], costs[i + 1])
-    redis.call('HINCRBY', round_bytes, string.match(costs[i], ':(.*)'), costs[i + 1])
+    -- pcall: a counter that can't rise any further stays where it is.
+    redis.pcall('HINCRBY', row, costs[i], costs[i + 1])
+    redis.pcall('HINCRBY', totals, costs[i], costs[i + 1])
+    redis.pcall('HINCRBY', round_bytes, string.match(costs[i], ':(.*)'), costs[i + 1])
   end
   redis.call('HINCRBYFLOAT', row, 'client_seconds', client_s)
   redis.call('HINCRBYFLOAT', row, 'server_seconds', server_s)
@@ -78,8 +85,10 @@ CLAIM_UPDATE = (
     + """
 if redis.call('HGET', KEYS[3], 'session') ~= ARGV[2] then return 'session' end
 if redis.call('HEXISTS', KEYS[6], ARGV[1]) == 1 then return 'duplicate' end
-local function count(result, event)
+local function count()
   spend(KEYS[10], ARGV[9], KEYS[11], KEYS[12], KEYS[13], tail(15), ARGV[10], ARGV[11])
+end
+local function answer(result, event)
   tell(KEYS[9], ARGV[8], 'update', event)
   return result
 end
@@ -89,20 +98,25 @@ local open = (run[1] == 'running' or run[1] == 'paused') and run[2] == ARGV[3]
   and round[1] == 'collecting' and round[2] == ARGV[4]
 if redis.call('SISMEMBER', KEYS[5], ARGV[1]) == 0 then return 'stranger' end
 if not open then
-  if redis.call('SADD', KEYS[8], ARGV[1]) == 1 then return count('late', ARGV[13]) end
-  return 'late'
+  if redis.call('SISMEMBER', KEYS[8], ARGV[1]) == 1 then return 'late' end
+  count()
+  redis.call('SADD', KEYS[8], ARGV[1])
+  return answer('late', ARGV[13])
 end
 if ARGV[5] ~= '' then
-  local again = redis.call('HEXISTS', KEYS[7], ARGV[1])
+  local again = redis.call('HEXISTS', KEYS[7], ARGV[1]) == 1
+  if not again then count() end
   redis.call('HSET', KEYS[7], ARGV[1], ARGV[5])
-  if again == 1 then return 'refused' end
-  return count('refused', ARGV[14])
+  if again then return 'refused' end
+  return answer('refused', ARGV[14])
 end
+local samples = string.format('%d', cjson.decode(ARGV[6]).samples)
+count()
 redis.call('SET', KEYS[4], ARGV[7])
 redis.call('HSET', KEYS[6], ARGV[1], ARGV[6])
 redis.call('HDEL', KEYS[7], ARGV[1])
-redis.call('HSET', KEYS[3], 'samples', string.format('%d', cjson.decode(ARGV[6]).samples))
-return count('accepted', ARGV[12])
+redis.call('HSET', KEYS[3], 'samples', samples)
+return answer('accepted', ARGV[12])
 """
 )
 
@@ -121,8 +135,8 @@ local run = redis.call('HMGET', KEYS[1], 'state', 'round')
 local round = redis.call('HMGET', KEYS[2], 'state', 'attempt')
 if (run[1] ~= 'running' and run[1] ~= 'paused') or run[2] ~= ARGV[3]
   or round[1] ~= 'evaluating' or round[2] ~= ARGV[4] then return 'late' end
-redis.call('HSET', KEYS[4], ARGV[1], ARGV[5])
 spend(KEYS[6], ARGV[7], KEYS[7], KEYS[8], KEYS[9], tail(11), ARGV[8], ARGV[9])
+redis.call('HSET', KEYS[4], ARGV[1], ARGV[5])
 tell(KEYS[5], ARGV[6], 'evaluation', ARGV[10])
 return 'accepted'
 """
@@ -138,11 +152,11 @@ BEAT = (
     + """
 local was = redis.call('HMGET', KEYS[1], 'session', 'state', 'doing')
 if was[1] ~= ARGV[1] then return 0 end
-redis.call('HSET', KEYS[1], 'last_seen', ARGV[2], 'progress', ARGV[3], 'doing', ARGV[4],
-  'token_expires_ms', ARGV[5], 'state', 'alive')
 if ARGV[8] ~= '' then
   spend(KEYS[3], ARGV[8], KEYS[4], KEYS[5], KEYS[6], tail(11), ARGV[9], ARGV[10])
 end
+redis.call('HSET', KEYS[1], 'last_seen', ARGV[2], 'progress', ARGV[3], 'doing', ARGV[4],
+  'token_expires_ms', ARGV[5], 'state', 'alive')
 if was[2] ~= 'alive' or was[3] ~= ARGV[4] then tell(KEYS[2], ARGV[6], 'client', ARGV[7]) end
 return 1
 """

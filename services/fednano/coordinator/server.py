@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 SERVICE = coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"].full_name
 _REDIS_SECONDS = 60.0  # to wait for it at start
 _REDIS_LOOK = 0.25
+_CONNECTIONS = 1000  # over HTTP at a time, twice as many as event streams; more get a 503
+_IDLE_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class CoordinatorServer:
         self._server = make_server(Authenticator(self._store).authenticate)
         self._health = health.aio.HealthServicer()
         self._leader = Leader(self._store, self._metrics, settings.lease_seconds)
+        self._leading: asyncio.Task[None] | None = None
         self._stack = AsyncExitStack()
 
     @property
@@ -99,8 +102,13 @@ class CoordinatorServer:
         await self._stack.enter_async_context(self._store.listening())
         grpc_port = await self._start_grpc()
         http_port = await self._start_http()
-        self._stack.push_async_callback(_cancel, asyncio.create_task(self._leader.serve()))
+        self._leading = asyncio.create_task(self._leader.serve())
+        self._stack.push_async_callback(_cancel, self._leading)
         return Ports(grpc_port, http_port)
+
+    def works(self) -> bool:
+        """False once the task that leads, or waits to, has ended: nothing may be advanced then."""
+        return self._leading is None or not self._leading.done()
 
     async def stop(self) -> None:
         """Gives the lease back, lets running calls finish, and closes; the reverse of start."""
@@ -142,7 +150,9 @@ class CoordinatorServer:
     async def _start_http(self) -> int:
         from fednano.coordinator.rest import make_app
 
-        app = make_app(store=self._store, settings=self._settings, metrics=self._metrics)
+        app = make_app(
+            store=self._store, settings=self._settings, metrics=self._metrics, works=self.works
+        )
         listener = bind(self._settings.http_host, self._settings.http_port)
         server = HttpServer(_uvicorn_config(app, self._settings))
         task = asyncio.create_task(server.serve(sockets=[listener]))
@@ -178,6 +188,8 @@ def _uvicorn_config(app: Any, settings: CoordinatorSettings) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        limit_concurrency=_CONNECTIONS,
+        timeout_keep_alive=_IDLE_SECONDS,
         ssl_certfile=settings.tls_certificate,
         ssl_keyfile=settings.tls_key,
         timeout_graceful_shutdown=max(1, int(settings.drain_seconds)),

@@ -26,11 +26,13 @@ from fednano.coordinator.submission import (
     receive_head,
     receive_payload,
     spent_of,
+    update_meta,
 )
 from fednano.coordinator.tasks import (
     RETRY_MS,
     may_evaluate,
     membership,
+    must_train,
     next_task,
     task_label,
     why_stop,
@@ -52,7 +54,6 @@ from fednano.wire.coordinator_pb2 import (
     NextTaskReply,
     NextTaskRequest,
     SubmitEvaluationRequest,
-    SubmitHead,
     SubmitReply,
     SubmitRequest,
     Wait,
@@ -115,6 +116,7 @@ class Servicer(CoordinatorServicer):
     async def Login(self, request: LoginRequest, context: Context) -> LoginReply:  # noqa: N802
         identity = require(CLIENTS)
         checked_header(request.header)
+        await self._enrolment.check_login(request.header.client, identity)
         return LoginReply(llm_token=self._llm_token(request.header.client, identity, ""))
 
     def _llm_token(self, client: str, identity: Identity, run: str) -> LlmToken:
@@ -188,32 +190,36 @@ class Servicer(CoordinatorServicer):
     async def Submit(  # noqa: N802
         self, stream: AsyncIterator[SubmitRequest], context: Context
     ) -> SubmitReply:
-        """Nothing is kept before the last chunk has come and everything was checked."""
+        """No chunk is received for a head that won't do; nothing is kept before the last one has
+        come and everything was checked."""
         require(CLIENTS)
         head = await receive_head(stream)
-        run, _ = await self._member(head.header)
+        run, client = await self._member(head.header)
         spent = spent_of(head.costs)
-        payload, digest = await receive_payload(stream, head, self._limit)
         sender = _sender(head.header)
-        meta = UpdateMeta(head.samples)
         try:
-            rules = await self._rules(run, sender)
-            meta = replace(meta, metrics=_update_metrics(head))
+            rules = await self._rules(run, client, sender)
+            meta = update_meta(head, rules)
+            payload, digest = await receive_payload(stream, head, self._limit)
             tensors = await asyncio.to_thread(checked, head, payload, digest, rules)
         except Refused as refused:
-            meta = replace(meta, metrics={})
-            result = await self._store.updates.claim(sender, {}, meta, spent, str(refused))
-            return self._answer(sender, result, spent, str(refused))
-        meta = replace(meta, auxiliary=[spec.name for spec in head.auxiliary])
+            meta, reason = UpdateMeta(head.samples), str(refused)
+            result = await self._store.updates.claim(sender, {}, meta, spent, reason)
+            return self._answer(sender, result, spent, reason)
         return self._answer(
             sender, await self._store.updates.claim(sender, tensors, meta, spent), spent
         )
 
-    async def _rules(self, run: StoredRun, sender: Sender) -> Rules:
-        """Raises Refused where the round has moved on: the store then says late or duplicate."""
+    async def _rules(self, run: StoredRun, client: StoredClient, sender: Sender) -> Rules:
+        """Raises Refused where no update of the client is wanted: the store says late, duplicate or
+        stranger then."""
         round_ = await self._store.round_store.get(run.name, sender.round)
         if round_ is None or round_.attempt != sender.attempt or not round_.base:
             raise Refused("there is no such attempt of a round")
+        if run.state.ended or run.round != round_.number:
+            raise Refused("the round has moved on")
+        if not await must_train(self._store, run, round_, client):
+            raise Refused("no update of this client is wanted now")
         base = await self._store.adapters.get(run, round_.base)
         return Rules(round_.base, base.tensors, strategy_of(run.config.strategy), self._max_norm)
 
@@ -261,6 +267,8 @@ class Servicer(CoordinatorServicer):
         if not 0 <= request.progress <= 1:
             raise InvalidRequest.of("progress", "0 to 1", request.progress)
         header, spent = request.header, spent_of(request.costs)
+        if spent and header.round > run.round:
+            raise InvalidRequest.of("header.round", f"0 to {run.round}", header.round)
         token = self._renewed(client, run.name)
         told = replace(
             client,
@@ -285,7 +293,7 @@ class Servicer(CoordinatorServicer):
 def checked_header(header: Header) -> None:
     """Also that the client's id can be part of a key. Raises InvalidRequest."""
     check_header(header)
-    if not keys.CLIENT_ID.match(header.client):
+    if not keys.CLIENT_ID.fullmatch(header.client):
         raise InvalidRequest.of(
             "header.client", "1 to 128 letters, digits, '.', '_' or '-'", repr(header.client)
         )
@@ -311,13 +319,6 @@ def _applicant(request: JoinRequest, identity: Identity) -> Applicant:
 
 def _sender(header: Header) -> Sender:
     return Sender(header.run, header.client, header.session, header.round, header.attempt)
-
-
-def _update_metrics(head: SubmitHead) -> dict[str, float]:
-    try:
-        return metrics_of(head.metrics)
-    except InvalidRequest as error:
-        raise Refused(error.detail) from None
 
 
 def _evaluation_refusal(

@@ -62,6 +62,14 @@ class MemberStore:
         found = await self._db.hash(keys.client(name, client))
         return self._seen(CLIENT.load(found)) if found else None
 
+    async def holders(self, client: str) -> set[tuple[str, str]]:
+        """Id and name of every token under which this client id is a member of some run."""
+        runs = [name.decode() for name in await self._db.call("ZRANGE", keys.RUNS, 0, -1)]
+        found = await self._db.pipeline(
+            [("HMGET", keys.client(run, client), "token_id", "token_name") for run in runs]
+        )
+        return {(token.decode(), name.decode()) for token, name in found if token is not None}
+
     def _seen(self, client: StoredClient) -> StoredClient:
         alive = client.last_seen >= self._db.clock() - self.client_seconds
         return replace(client, state="alive" if alive else "lost")

@@ -20,9 +20,7 @@ from fednano.coordinator.records import (
 )
 from fednano.coordinator.store_adapters import AdapterStore
 from fednano.coordinator.store_members import MemberStore
-from fednano.coordinator.store_runs import RunStore, checked_cursor
-
-UPDATE_SECONDS = 300  # how long updates outlive their round
+from fednano.coordinator.store_runs import RunStore, checked_cursor, expire_updates
 
 
 class RoundStore:
@@ -134,15 +132,24 @@ class RoundStore:
         await self._db.commit(commit)
 
     async def fail(
-        self, lease: str, run: StoredRun, round_: StoredRound, reason: str, last: bool
+        self,
+        lease: str,
+        run: StoredRun,
+        round_: StoredRound,
+        reason: str,
+        *,
+        submitted: int,
+        last: bool,
     ) -> None:
-        """The attempt failed; the run too, if it was the last one."""
+        """The attempt failed with `submitted` updates; the run too, if it was the last one."""
         now = self._db.clock()
-        commit = Commit(lease)
+        # One that was acknowledged since may be the one that was missing: then look again.
+        place = (run.name, round_.number, round_.attempt)
+        commit = Commit(lease).expect_size(keys.submitted(*place), submitted)
         seen = await self.with_clients(run.name, round_)
         after = replace(seen, state=RoundState.FAILED, failure=reason, finished_at=now)
         self._write(commit, run, round_, after)
-        self._expire(commit, run, round_, after.clients.submitted)
+        expire_updates(commit, run.name, round_, after.clients.submitted)
         failed = replace(run, state=RunState.FAILED, failure=reason, finished_at=now)
         if last:
             self._runs.change(commit, run, failed)
@@ -178,7 +185,7 @@ class RoundStore:
         amounts = {kind: int(amount) for kind, amount in sorted(counted.items())}
         seen = await self.with_clients(run.name, after)
         self._write(commit, run, round_, replace(seen, bytes=amounts))
-        self._expire(commit, run, round_, seen.clients.submitted)
+        expire_updates(commit, run.name, round_, seen.clients.submitted)
         await self._adapters.retain(commit, changed, round_.number)
         self._runs.change(commit, run, changed)
         await self._db.commit(commit)
@@ -192,13 +199,6 @@ class RoundStore:
         commit.set_fields(key, ROUND.dump(written))
         commit.do("ZADD", keys.rounds(run.name), after.number, after.number)
         commit.tell(run.name, "round", ROUND.public(written))
-
-    def _expire(
-        self, commit: Commit, run: StoredRun, round_: StoredRound, clients: tuple[str, ...]
-    ) -> None:
-        for client in clients:
-            key = keys.update(run.name, round_.number, round_.attempt, client)
-            commit.do("EXPIRE", key, UPDATE_SECONDS)
 
 
 def _ids(found: set[bytes] | list[bytes]) -> tuple[str, ...]:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+import logging
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from fednano.coordinator import keys
 from fednano.coordinator.database import Commit, Database, Raced
-from fednano.coordinator.fields import ROUND, RUN, StoredRun
+from fednano.coordinator.fields import ROUND, RUN, StoredRound, StoredRun
 from fednano.coordinator.records import Event, MemoryUse, RoundState, RunRecord, RunState
 from fednano.wire.errors import Busy, Conflict, InvalidRequest, NotFound, Problem
 from fednano.wire.run_config import RunConfig
 
+log = logging.getLogger(__name__)
+
+UPDATE_SECONDS = 300  # how long updates outlive their round
+_EVENT_ID = re.compile(r"([0-9]{1,20})(?:-([0-9]{1,20}))?")
+_EVENT_ID_END = 1 << 63  # Redis counts to 64 bits, and needs room for "after that one"
 _TRIES = 20
 _FULL = 0.8  # of maxmemory: no new runs beyond
 _OPEN_ROUNDS = (RoundState.OPEN, RoundState.COLLECTING, RoundState.MERGING, RoundState.EVALUATING)
@@ -69,7 +76,7 @@ class RunStore:
         """Runs that have not ended, oldest first."""
         names = [name.decode() for name in await self._db.call("SMEMBERS", keys.ACTIVE)]
         hashes = await self._db.hashes([keys.run(name) for name in names])
-        runs = [RUN.load(fields) for fields in hashes if fields]
+        runs = [run for fields in hashes if fields and (run := _readable(fields))]
         return sorted(runs, key=lambda run: (run.created_at, run.name))
 
     async def count_states(self) -> dict[RunState, int]:
@@ -103,28 +110,42 @@ class RunStore:
         commit = Commit()
         written = self.change(commit, before, after)
         if after.state is RunState.STOPPED:
-            await self._close_round(commit, before)
+            await self._close_round(commit, before, "the run was stopped")
         await self._db.commit(commit)
         return written
 
-    async def _close_round(self, commit: Commit, run: StoredRun) -> None:
-        """A stopped run leaves no round open."""
+    async def give_up(self, lease: str, before: StoredRun, after: StoredRun) -> None:
+        """The leader ends a run that it can't advance. Raises Raced or LeaseLost."""
+        commit = Commit(lease)
+        self.change(commit, before, after)
+        await self._close_round(commit, before, after.failure)
+        await self._db.commit(commit)
+
+    async def _close_round(self, commit: Commit, run: StoredRun, reason: str) -> None:
+        """A run that is over leaves no round open and keeps no updates."""
         key = keys.round_(run.name, run.round)
-        found = await self._db.hash(key)
-        if not found:
+        try:
+            round_ = ROUND.load(await self._db.hash(key))
+        except ValueError:  # there is none, or it is damaged, perhaps why the run is given up
             return
-        round_ = ROUND.load(found)
         if round_.state not in _OPEN_ROUNDS:
             return
+        await self._expire_updates(commit, run.name, round_)
         closed = replace(
             round_,
             state=RoundState.FAILED,
-            failure="the run was stopped",
+            failure=reason,
             finished_at=self._db.clock(),
             version=round_.version + 1,
         )
         commit.expect(key, "version", str(round_.version))
         commit.set_fields(key, ROUND.dump(closed)).tell(run.name, "round", ROUND.public(closed))
+
+    async def _expire_updates(self, commit: Commit, name: str, round_: StoredRound) -> None:
+        key = keys.submitted(name, round_.number, round_.attempt)
+        clients = [client.decode() for client in await self._db.call("HKEYS", key)]
+        commit.expect_size(key, len(clients))
+        expire_updates(commit, name, round_, clients)
 
     def change(self, commit: Commit, before: StoredRun, after: StoredRun) -> StoredRun:
         """Adds to `commit` that the run becomes `after`, if it still is `before`."""
@@ -197,6 +218,15 @@ class RunStore:
             )
 
 
+def _readable(fields: dict[str, str]) -> StoredRun | None:
+    """None for a damaged record: the other runs go on."""
+    try:
+        return RUN.load(fields)
+    except ValueError:
+        log.warning("a run's record is damaged", extra={"run": fields.get("name")})
+        return None
+
+
 def checked_name(name: str) -> str:
     """Raises NotFound for what can't be a run's name, so that it never becomes part of a key."""
     if not name or ":" in name or len(name) > 63:
@@ -211,10 +241,18 @@ def checked_cursor(cursor: str) -> int:
 
 
 def checked_event_id(event: str) -> str:
-    milliseconds, _, number = event.partition("-")
-    if not (milliseconds.isdecimal() and (number or "0").isdecimal() and len(event) <= 40):
+    """Raises InvalidRequest for what Redis would not take for an id."""
+    found = _EVENT_ID.fullmatch(event)
+    if found is None or any(int(part) >= _EVENT_ID_END for part in found.groups("0")):
         raise InvalidRequest.of("after", "an event id, <milliseconds>-<number>", repr(event))
     return event
+
+
+def expire_updates(commit: Commit, name: str, round_: StoredRound, clients: Iterable[str]) -> None:
+    """Adds to `commit` that these clients' updates of the round's attempt end soon."""
+    for client in clients:
+        key = keys.update(name, round_.number, round_.attempt, client)
+        commit.do("EXPIRE", key, UPDATE_SECONDS)
 
 
 def same_run(existing: StoredRun, config: RunConfig) -> RunRecord:

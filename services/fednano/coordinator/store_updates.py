@@ -162,7 +162,7 @@ class UpdateStore:
 
 def checked_row(cursor: str) -> str:
     number, slash, client = cursor.partition("/")
-    if not (number.isdecimal() and slash and keys.CLIENT_ID.match(client)):
+    if not (number.isdecimal() and slash and keys.CLIENT_ID.fullmatch(client)):
         raise InvalidRequest.of("cursor", "a cursor from an earlier page", repr(cursor))
     return cursor
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from fednano.coordinator.metrics import KINDS
 from fednano.coordinator.records import Tensors
 from fednano.coordinator.store_members import Spent
+from fednano.coordinator.store_updates import UpdateMeta
 from fednano.coordinator.strategies import FISHER, Strategy
 from fednano.wire.codec import FLOATS, Array, Payload
 from fednano.wire.coordinator_pb2 import Costs, SubmitHead, SubmitRequest
@@ -21,12 +22,18 @@ from fednano.wire.tensor_pb2 import DType, TensorSpec
 
 _MAX_METRICS = 100
 _MAX_METRIC_NAME = 64
-_MAX_BYTES = 1 << 50
+_MAX_BYTES = 1 << 40  # of one kind in one report
+_MAX_SECONDS = 1e9  # likewise
 _MAX_SAMPLES = 1 << 40
+_LONGEST_REASON = 500
 
 
 class Refused(Exception):
-    """The update can't be used; the text says why."""
+    """The update can't be used; the text, which goes to Redis, says why."""
+
+    def __init__(self, reason: str) -> None:
+        cut = len(reason) > _LONGEST_REASON
+        super().__init__(reason[: _LONGEST_REASON - 3] + "..." if cut else reason)
 
 
 @dataclass(frozen=True)
@@ -63,12 +70,10 @@ async def receive_payload(
     return payload, digest.hexdigest()
 
 
-def checked(head: SubmitHead, payload: Payload, digest: str, rules: Rules) -> Tensors:
-    """Adapter and auxiliary tensors, fp32. Raises Refused."""
+def update_meta(head: SubmitHead, rules: Rules) -> UpdateMeta:
+    """What the head tells of its update, after every check that needs no chunk. Raises Refused."""
     if head.base != rules.base_digest:
         raise Refused(_text("base", f"the digest {rules.base_digest}", head.base or "nothing"))
-    if digest != head.digest:
-        raise Refused(_text("digest", head.digest or "the SHA-256 of the chunks", digest))
     if not 1 <= head.samples <= _MAX_SAMPLES:
         raise Refused(_text("samples", f"1 to {_MAX_SAMPLES}", head.samples))
     wanted = {FISHER + name: name for name in rules.base}
@@ -76,8 +81,19 @@ def checked(head: SubmitHead, payload: Payload, digest: str, rules: Rules) -> Te
     shapes = {name: array.shape for name, array in rules.base.items()}
     _check_specs("tensors", head.tensors, shapes)
     _check_specs("auxiliary", head.auxiliary, {name: shapes[wanted[name]] for name in needed})
+    try:
+        metrics = metrics_of(head.metrics)
+    except InvalidRequest as error:
+        raise Refused(error.detail) from None
+    return UpdateMeta(head.samples, metrics, [spec.name for spec in head.auxiliary])
+
+
+def checked(head: SubmitHead, payload: Payload, digest: str, rules: Rules) -> Tensors:
+    """Adapter and auxiliary tensors, fp32. Raises Refused."""
+    if digest != head.digest:
+        raise Refused(_text("digest", head.digest or "the SHA-256 of the chunks", digest))
     arrays = {name: _floats(name, array) for name, array in payload.arrays().items()}
-    for name in needed:
+    for name in rules.strategy.auxiliary(rules.base):
         if (arrays[name] < 0).any():
             raise Refused(_text(name, "squares, so 0 or more", "negative numbers"))
     _check_norm(arrays, rules)
@@ -92,11 +108,13 @@ def _floats(name: str, array: Array) -> NDArray[np.float32]:
 
 
 def _check_specs(
-    field: str, specs: Iterable[TensorSpec], shapes: Mapping[str, tuple[int, ...]]
+    field: str, specs: Sequence[TensorSpec], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
     announced = {spec.name: spec for spec in specs}
     if announced.keys() != shapes.keys():
         raise Refused(_text(field, sorted(shapes) or "none", sorted(announced) or "none"))
+    if len(specs) > len(announced):
+        raise Refused(_text(field, "each tensor once", "one of them twice"))
     for name, spec in announced.items():
         if tuple(spec.shape) != shapes[name]:
             raise Refused(_text(f"{name}.shape", list(shapes[name]), list(spec.shape)))
@@ -139,8 +157,8 @@ def spent_of(costs: Costs) -> Spent:
     """What a client spent; kinds that nobody knows are counted as "other"."""
     for field in ("client_seconds", "server_seconds"):
         value = getattr(costs, field)
-        if not (math.isfinite(value) and value >= 0):
-            raise InvalidRequest.of(f"costs.{field}", "a finite number of 0 or more", value)
+        if not 0 <= value <= _MAX_SECONDS:
+            raise InvalidRequest.of(f"costs.{field}", f"0 to {_MAX_SECONDS:.0f}", value)
     return Spent(
         _amounts("costs.sent_bytes", costs.sent_bytes),
         _amounts("costs.received_bytes", costs.received_bytes),
@@ -152,8 +170,8 @@ def spent_of(costs: Costs) -> Spent:
 def _amounts(field: str, amounts: Mapping[str, int]) -> dict[str, int]:
     found: dict[str, int] = {}
     for kind, amount in amounts.items():
-        if amount > _MAX_BYTES:
-            raise InvalidRequest.of(f"{field}.{kind}", f"at most {_MAX_BYTES}", amount)
         known = kind if kind in KINDS else "other"
         found[known] = found.get(known, 0) + amount
+        if found[known] > _MAX_BYTES:
+            raise InvalidRequest.of(f"{field}.{known}", f"at most {_MAX_BYTES}", found[known])
     return found

@@ -16,6 +16,7 @@ from fednano.wire.interceptors import Authenticate, AuthInterceptor, ErrorInterc
 PROTOCOL = 1
 # A chunk and its frame; everything larger is a stream of chunks.
 _MAX_MESSAGE = 4 << 20
+_MOST_CALLS = 4096  # at a time; each client of a coordinator may hold one open while it waits
 _COMMON = (
     ("grpc.max_receive_message_length", _MAX_MESSAGE),
     ("grpc.max_send_message_length", _MAX_MESSAGE),
@@ -90,10 +91,15 @@ def make_channel(target: str, tls: ClientTls | None = None) -> grpc.Channel:
     return grpc.secure_channel(target, grpc.ssl_channel_credentials(roots), options)
 
 
-def make_server(authenticate: Authenticate) -> grpc.aio.Server:
-    """An asyncio server that refuses unauthenticated calls and reports our errors as statuses."""
+def make_server(authenticate: Authenticate, most_calls: int = _MOST_CALLS) -> grpc.aio.Server:
+    """An asyncio server that refuses unauthenticated calls and reports our errors as statuses.
+
+    Beyond `most_calls` at a time callers get RESOURCE_EXHAUSTED and may try again.
+    """
     return grpc.aio.server(
-        interceptors=[ErrorInterceptor(), AuthInterceptor(authenticate)], options=_SERVER
+        interceptors=[ErrorInterceptor(), AuthInterceptor(authenticate)],
+        options=_SERVER,
+        maximum_concurrent_rpcs=most_calls,
     )
 
 

@@ -14,6 +14,7 @@ import grpc
 
 from fednano.wire.errors import FedNanoError, Unauthenticated, to_metadata
 from fednano.wire.sessions import Identity
+from fednano.wire.tensor_pb2 import Header
 
 log = logging.getLogger(__name__)
 
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
 else:
     Handler, Context = grpc.RpcMethodHandler, grpc.aio.ServicerContext
-Around = Callable[[Context], AbstractAsyncContextManager[None]]
+Around = Callable[[Any, Context], AbstractAsyncContextManager[None]]
 Authenticate = Callable[[str], Awaitable[Identity]]
 """From a bearer token to who it is; raises Unauthenticated."""
 
 PUBLIC_SERVICES = ("/grpc.health.v1.Health/",)
+_LONGEST = 128  # characters of a header's field in the log
 _caller: ContextVar[Identity] = ContextVar("caller")
 
 
@@ -56,12 +58,12 @@ def _surround(handler: Handler, around: Around) -> Handler:
     )
 
     async def reply(request: Any, context: Context) -> Any:
-        async with around(context):
+        async with around(request, context):
             return await inner(request, context)
 
     async def replies(request: Any, context: Context) -> AsyncIterator[Any]:
         # The inner generator is closed with the call, so that one who hangs up is noticed at once.
-        async with around(context), aclosing(inner(request, context)) as messages:
+        async with around(request, context), aclosing(inner(request, context)) as messages:
             async for message in messages:
                 yield message
 
@@ -79,6 +81,16 @@ def _surround(handler: Handler, around: Around) -> Handler:
     return made
 
 
+def _about(request: Any) -> dict[str, object]:
+    """What a request's header tells, for the log; nothing of a stream of requests."""
+    header = getattr(request, "header", None)
+    if not isinstance(header, Header):
+        return {}
+    texts = {"run": header.run, "client": header.client, "request_id": header.request}
+    shown = {name: ascii(text[:_LONGEST])[1:-1] for name, text in texts.items()}
+    return {**shown, "round": header.round or None}
+
+
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Turns our errors into statuses, and anything else into INTERNAL without its text."""
 
@@ -86,19 +98,24 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler: Handler = await continuation(details)
         if handler is None:
             return handler
-        return _surround(handler, lambda context: self._guard(context, details.method))
+        return _surround(
+            handler, lambda request, context: self._guard(request, context, details.method)
+        )
 
     @asynccontextmanager
-    async def _guard(self, context: Context, method: str) -> AsyncIterator[None]:
+    async def _guard(self, request: Any, context: Context, method: str) -> AsyncIterator[None]:
         try:
             yield
         except FedNanoError as error:
-            log.info("request refused", extra={"rpc": method, "reason": error.detail})
+            # Whoever has no token could fill the log.
+            level = logging.DEBUG if isinstance(error, Unauthenticated) else logging.INFO
+            extra = {"rpc": method, "reason": error.detail, **_about(request)}
+            log.log(level, "request refused", extra=extra)
             await context.abort(error.status, error.detail, to_metadata(error))
         except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):
             raise
         except Exception:
-            log.exception("request failed", extra={"rpc": method})
+            log.exception("request failed", extra={"rpc": method, **_about(request)})
             await context.abort(grpc.StatusCode.INTERNAL, "internal error; see the service's log")
 
 
@@ -115,7 +132,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         metadata = dict(details.invocation_metadata or ())
         # An unknown method is refused like a known one: no hint of what exists.
         target = handler or grpc.unary_unary_rpc_method_handler(_no_such_method)
-        return _surround(target, lambda _: self._enter(metadata))
+        return _surround(target, lambda *_: self._enter(metadata))
 
     @asynccontextmanager
     async def _enter(self, metadata: dict[str, str | bytes]) -> AsyncIterator[None]:

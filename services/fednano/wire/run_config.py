@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 Modality = Literal["image", "text"]
 
+_MONTH = 30 * 24 * 3600
+_PARTITION = re.compile(r"iid|dirichlet:([0-9]*\.?[0-9]+)")
+_MOST_ALPHA = 1_000_000
+_SHOWN = 40  # characters of a bad value
+_DIGITS_IMAGES, _DIGITS_SHARE = 1077, 8
+DIGITS_CLIENTS = _DIGITS_IMAGES // _DIGITS_SHARE
+
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class AdapterConfig(_Section):
@@ -29,7 +44,7 @@ class TrainingConfig(_Section):
     batch_size: int = Field(16, ge=1, le=4096)
     learning_rate: float = Field(5e-3, gt=0, le=10, description="of AdamW")
     weight_decay: float = Field(0.0, ge=0, le=10)
-    max_grad_norm: float = Field(1.0, ge=0, description="0: gradients are not clipped")
+    max_grad_norm: float = Field(1.0, ge=0, le=1e6, description="0: gradients are not clipped")
     loss: Literal["server", "client"] = Field(
         "server",
         description="where the loss is computed: in one round trip, or from logits on the client",
@@ -57,11 +72,21 @@ class DataConfig(_Section):
     )
     partition: str = Field(
         "dirichlet:0.5",
-        pattern=r"^(iid|dirichlet:[0-9]*\.?[0-9]+)$",
         description="how the built-in task is dealt out: iid or dirichlet:ALPHA",
     )
     limit: int = Field(0, ge=0, description="at most this many images per client; 0: all")
     evaluation_limit: int = Field(0, ge=0, description="at most this many test images; 0: all")
+
+    @field_validator("partition")
+    @classmethod
+    def _deals(cls, partition: str) -> str:
+        found = _PARTITION.fullmatch(partition)
+        alpha = float(found[1] or 1) if found else 0.0
+        if not 0 < alpha <= _MOST_ALPHA:
+            shown = repr(partition[:_SHOWN])
+            wanted = f"iid or dirichlet:ALPHA with ALPHA above 0, at most {_MOST_ALPHA}"
+            raise ValueError(f"data.partition: expected {wanted}, got {shown}")
+        return partition
 
 
 class EvaluationConfig(_Section):
@@ -72,7 +97,7 @@ class EvaluationConfig(_Section):
         "ends",
         description="clients score on their own data: in the first and last round, or in all",
     )
-    seconds: float = Field(120.0, gt=0, description="deadline of a round's evaluation")
+    seconds: float = Field(120.0, gt=0, le=_MONTH, description="deadline of a round's evaluation")
     max_new_tokens: int = Field(8, ge=1, le=4096)
 
 
@@ -88,8 +113,12 @@ class RunConfig(_Section):
     min_clients: int = Field(2, ge=1, description="updates below which a round fails")
     rounds: int = Field(10, ge=1, le=1_000_000)
     seed: int = Field(0, ge=0, lt=2**63)
-    enrol_seconds: float = Field(120.0, gt=0, description="enrolment closes after this time")
-    round_seconds: float = Field(300.0, gt=0, description="deadline for a round's updates")
+    enrol_seconds: float = Field(
+        120.0, gt=0, le=_MONTH, description="enrolment closes after this time"
+    )
+    round_seconds: float = Field(
+        300.0, gt=0, le=_MONTH, description="deadline for a round's updates"
+    )
     max_attempts: int = Field(3, ge=1, description="tries of a round before the run fails")
     cohort: int = Field(0, ge=0, description="members sampled per round; 0: all that are alive")
     deterministic: bool = Field(False, description="equal runs give equal bytes; whole cohort")
@@ -110,5 +139,11 @@ class RunConfig(_Section):
         if self.cohort and not self.min_clients <= self.cohort <= self.clients:
             raise ValueError(
                 f"cohort: expected 0 or {self.min_clients} to {self.clients}, got {self.cohort}"
+            )
+        if self.data.source == "digits" and self.clients > DIGITS_CLIENTS:
+            raise ValueError(
+                f"clients: expected at most {DIGITS_CLIENTS} for data.source digits "
+                f"({_DIGITS_IMAGES} training images, at least {_DIGITS_SHARE} each), "
+                f"got {self.clients}"
             )
         return self
