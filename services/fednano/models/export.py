@@ -17,6 +17,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.utils.logging import disable_progress_bar
 
 from fednano.models.checkpoint import Origin
 from fednano.models.language_model import LowRank
@@ -54,6 +55,7 @@ def export_peft(model_dir: Path, adapters: dict[str, LowRank], out: Path, origin
 
     Raises InvalidRequest where the adapters don't fit the model or the family is not known.
     """
+    disable_progress_bar()
     config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
     family = FAMILIES.get(config.model_type)
     if family is None:
@@ -69,6 +71,8 @@ def export_peft(model_dir: Path, adapters: dict[str, LowRank], out: Path, origin
     with warnings.catch_warnings():
         # Tied embeddings matter when merging; the README that is written says what to do then.
         warnings.filterwarnings("ignore", message=".*ensure_weight_tying.*")
+        # PEFT asks transformers by a name that is on its way out.
+        warnings.filterwarnings("ignore", category=FutureWarning)
         peft = get_peft_model(stock, _lora_config({targets[m]: a for m, a in adapters.items()}))
     layers = {
         target: module
