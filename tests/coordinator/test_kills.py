@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from fednano.coordinator.records import RoundRecord, RunRecord
 from fednano.coordinator.store import Store
+from fednano.lab.redis_server import free_port
 
 from tests.coordinator.conftest import ADMIN, PRIVATE_KEY
 from tests.coordinator.federation import (
@@ -20,7 +21,7 @@ from tests.coordinator.federation import (
     same_bytes,
 )
 from tests.coordinator.killable import Process
-from tests.redis_server import RedisServer, free_port
+from tests.redis_server import RedisServer
 
 CLIENTS = ["c0", "c1", "c2"]
 CONFIG = config_of(deterministic=True, round_seconds=60.0)
