@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import typer
 import yaml
 from pydantic import SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -131,3 +132,16 @@ class CallerTls(Settings):
 
     def client_tls(self) -> ClientTls | None:
         return ClientTls(self.tls_ca, self.tls_server_name) if self.tls or self.tls_ca else None
+
+
+def option(cls: type[Settings], name: str, *flags: str, help: str = "") -> Any:
+    """The flag of a setting: its help, default and environment variable come from there."""
+    field = cls.model_fields[name]
+    default: Any = "required" if field.is_required() else field.default
+    hidden = field.default_factory is not None or default is False or default in (None, "")
+    return typer.Option(
+        *(flags or (f"--{name.replace('_', '-')}",)),
+        help=help or field.description,
+        envvar=f"{cls.model_config['env_prefix']}{name}".upper(),
+        show_default=False if hidden else str(default),
+    )

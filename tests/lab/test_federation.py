@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from fednano.client.check import Check
 from fednano.client.digits import DigitImage, examples_of, load_split
+from fednano.client.settings import ClientSettings
 from fednano.lab.federation import TINY_MODEL, Federation
 from fednano.lab.processes import FEDNANO
 from peft import PeftModel
+from pydantic import SecretStr
 from transformers import AutoModelForImageTextToText
 
 from tests.lab.conftest import adapter_of, environment, small_run, state_of, wait_for
@@ -227,3 +232,28 @@ def test_a_killed_client_does_not_hold_the_round(federation: Federation) -> None
         record = api.get("runs/lossy/rounds/1").json()
     assert record["state"] == "done"
     assert "client-1" in record["clients"]["submitted"]
+
+
+def test_client_check_knows_another_model_and_a_full_disk(
+    federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "edge"
+    shutil.copytree(federation.halves / "edge", other)
+    record = json.loads((other / "fednano.json").read_text())
+    (other / "fednano.json").write_text(json.dumps({**record, "fingerprint": "0" * 64}))
+    token = federation.directory / "client-1.token"
+    addresses = federation.addresses
+    settings = ClientSettings(
+        coordinator=addresses.grpc,
+        llm=addresses.llm,
+        token=SecretStr(token.read_text()),
+        edge=other,
+        id="client-1",
+        cache_dir=tmp_path / "cache",
+    )
+    nothing_free = SimpleNamespace(free=1 << 20)
+    monkeypatch.setattr("fednano.client.check.shutil.disk_usage", lambda path: nothing_free)
+    bad = {f.name: f.detail for f in Check(settings).run().findings if not f.ok}
+    assert bad.keys() == {"disk", "LLM, fingerprint"}
+    assert "expected 256 MiB free, got 1 MiB" in bad["disk"]
+    assert f"expected {'0' * 64}, got {record['fingerprint']}" in bad["LLM, fingerprint"]

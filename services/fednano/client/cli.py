@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fednano.client.settings import ClientSettings
+from fednano.settings import option
 from fednano.wire.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -24,17 +26,7 @@ client_app = typer.Typer(
 )
 
 
-def _option(name: str, *flags: str, help: str = "") -> Any:
-    """The flag of a setting: its help, default and environment variable come from there."""
-    field = ClientSettings.model_fields[name]
-    default: Any = "required" if field.is_required() else field.get_default()
-    hidden = field.default_factory is not None or default in (None, "", False)
-    return typer.Option(
-        *(flags or (f"--{name.replace('_', '-')}",)),
-        help=help or field.description,
-        envvar=f"FEDNANO_CLIENT_{name}".upper(),
-        show_default=False if hidden else str(default),
-    )
+_option = partial(option, ClientSettings)
 
 
 Coordinator = Annotated[str | None, _option("coordinator")]

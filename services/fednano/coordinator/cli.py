@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,21 +10,13 @@ import typer
 from pydantic import SecretStr
 
 from fednano.coordinator.settings import CoordinatorSettings
+from fednano.settings import option
 from fednano.wire.errors import FedNanoError, InvalidRequest
 
 _PREFIX = "FEDNANO_COORDINATOR_"
 
 
-def _option(name: str, help: str = "") -> Any:
-    """The flag of a setting: its help, default and environment variable come from there."""
-    field = CoordinatorSettings.model_fields[name]
-    shown = field.default not in (None, "") and field.default is not False
-    return typer.Option(
-        f"--{name.replace('_', '-')}",
-        help=help or field.description,
-        envvar=f"{_PREFIX}{name}".upper(),
-        show_default=str(field.default) if shown else False,
-    )
+_option = partial(option, CoordinatorSettings)
 
 
 def _secret(name: str, help: str) -> Any:
@@ -58,14 +51,14 @@ def coordinator(
     message_mebibytes: Annotated[int | None, _option("message_mebibytes")] = None,
     drain_seconds: Annotated[float | None, _option("drain_seconds")] = None,
     tls_certificate: Annotated[
-        Path | None, _option("tls_certificate", "PEM; turns TLS on for both, with --tls-key")
+        Path | None, _option("tls_certificate", help="PEM; turns TLS on for both, with --tls-key")
     ] = None,
-    tls_key: Annotated[Path | None, _option("tls_key", "PEM")] = None,
+    tls_key: Annotated[Path | None, _option("tls_key", help="PEM")] = None,
     insecure: Annotated[
         bool | None,
-        _option("insecure", "listen in the clear beyond loopback: for trusted networks only"),
+        _option("insecure", help="listen in the clear beyond loopback: for trusted networks only"),
     ] = None,
-    log_json: Annotated[bool | None, _option("log_json", "one JSON object per line")] = None,
+    log_json: Annotated[bool | None, _option("log_json", help="one JSON object per line")] = None,
     log_level: Annotated[str | None, _option("log_level")] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file of these settings; flags and environment win")

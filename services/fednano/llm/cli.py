@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from fednano.llm.settings import LlmSettings
+from fednano.settings import option
 from fednano.wire.errors import FedNanoError, InvalidRequest
 
-
-def _option(name: str, *more: str, help: str = "") -> Any:
-    """The flag of a setting: its help, default and environment variable come from there."""
-    field = LlmSettings.model_fields[name]
-    default: Any = "required" if field.is_required() else field.default
-    return typer.Option(
-        f"--{name.replace('_', '-')}",
-        *more,
-        help=help or field.description,
-        envvar=f"FEDNANO_LLM_{name}".upper(),
-        show_default=False if default in (None, "") or default is False else str(default),
-    )
+_option = partial(option, LlmSettings)
 
 
 def llm(
