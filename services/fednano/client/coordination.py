@@ -9,21 +9,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception_type,
-    stop_after_delay,
-    wait_random_exponential,
-)
-
 from fednano.client.adapters import Tensors
 from fednano.client.meter import Meter
+from fednano.client.retries import retried
 from fednano.wire import codec
 from fednano.wire import coordinator_pb2 as pb
 from fednano.wire.channels import ClientTls, make_channel, translated
 from fednano.wire.coordinator_pb2_grpc import CoordinatorStub
-from fednano.wire.errors import RETRYABLE
 from fednano.wire.headers import make_header
 from fednano.wire.interceptors import bearer
 from fednano.wire.run_config import RunConfig
@@ -138,7 +130,7 @@ class CoordinatorClient:
                 payload = codec.Payload(head.tensors, _ADAPTER_LIMIT)
                 for reply in replies:
                     payload.feed(reply.chunk)
-            self.meter.add("received", "adapters", codec_size(head))
+            self.meter.add("received", "adapters", sum(map(codec.spec_size, head.tensors)))
             self.meter.add("received", "control", head.ByteSize())
             arrays = {n: a.astype("<f4", copy=False) for n, a in payload.arrays().items()}
             return Adapter(arrays, head.scale, head.digest, head.round)
@@ -192,25 +184,11 @@ class CoordinatorClient:
         return reply
 
     def _retried(self, call: Callable[[], T]) -> T:
-        policy = Retrying(
-            retry=retry_if_exception_type(RETRYABLE),
-            stop=stop_after_delay(self._retry_seconds),
-            wait=wait_random_exponential(multiplier=0.1, max=5),
-            before_sleep=_note_failure,
-            reraise=True,
-        )
-        return policy(call)
+        return retried(call, self._retry_seconds, _note_failure)
 
     def _options(self, timeout: float) -> dict[str, Any]:
         return {"metadata": bearer(self._token), "timeout": timeout}
 
 
-def codec_size(head: pb.AdapterHead) -> int:
-    """Bytes of an adapter's tensors."""
-    return sum(codec.spec_size(spec) for spec in head.tensors)
-
-
-def _note_failure(state: RetryCallState) -> None:
-    error = state.outcome and state.outcome.exception()
-    extra = {"attempt_number": state.attempt_number, "reason": str(error)}
-    log.warning("the coordinator is asked again", extra=extra)
+def _note_failure(error: BaseException) -> None:
+    log.warning("the coordinator is asked again", extra={"reason": str(error)})

@@ -11,16 +11,10 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import torch
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception_type,
-    stop_after_delay,
-    wait_random_exponential,
-)
 
 from fednano.client.meter import Kind, Meter
 from fednano.client.replicas import Replica, Replicas
+from fednano.client.retries import retried
 from fednano.models.language_model import (
     ForwardResult,
     LowRank,
@@ -277,19 +271,9 @@ class RemoteLanguageModel:
         return [NewToken(t.sample, t.id, t.end) for t in reply.tokens]
 
     def _retried(self, call: Callable[[Replica], T]) -> T:
-        policy = Retrying(
-            retry=retry_if_exception_type(RETRYABLE),
-            stop=stop_after_delay(self._retry_seconds),
-            wait=wait_random_exponential(multiplier=0.1, max=5),
-            before_sleep=self._before_sleep,
-            reraise=True,
-        )
-        return policy(lambda: call(self._replicas.next()))
+        return retried(lambda: call(self._replicas.next()), self._retry_seconds, self._note_failure)
 
-    def _before_sleep(self, state: RetryCallState) -> None:
-        self._note_failure(state.outcome.exception() if state.outcome else None)
-
-    def _note_failure(self, error: BaseException | None) -> None:
+    def _note_failure(self, error: BaseException) -> None:
         self._replicas.failed()
         log.warning("the LLM service is asked again", extra={"reason": str(error)})
 
