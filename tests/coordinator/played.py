@@ -40,20 +40,27 @@ class Federation:
         self.members: dict[str, StoredClient] = {}
         self.rng = np.random.default_rng(config.seed)
 
-    async def enrol(self) -> None:
-        """Creates the run and lets everybody in, up to the evaluation of round 0."""
+    async def open(self) -> None:
+        """Creates the run and opens its enrolment."""
         await self.store.create_run(self.config, "admin")
         lease = await self.store.lease.acquire("test", _LEASE_SECONDS)
         self.rounds = Rounds(self.store, lease, self.name)
         self.clock.added += self.store.members.client_seconds + 1  # time enough to be heard
         await self.settle()
-        names = [f"site-{i}" for i in range(self.config.clients)]
-        for i, name in enumerate(["evaluator", *names]):
-            role = "evaluator" if name == "evaluator" else "trainer"
-            applicant = Applicant(name, role, 280 + 37 * i, "model", 16, "0.1.0", SITE)
-            admission = await Enrolment(self.store).join(self.name, applicant)
-            assert isinstance(admission, Admission)
+
+    async def join(self, name: str) -> Admission | str:
+        role, number = ("evaluator", 0) if name == "evaluator" else ("trainer", 1 + int(name[5:]))
+        applicant = Applicant(name, role, 280 + 37 * number, "model", 16, "0.1.0", SITE)
+        admission = await Enrolment(self.store).join(self.name, applicant)
+        if isinstance(admission, Admission):
             self.members[name] = admission.member
+        return admission
+
+    async def enrol(self) -> None:
+        """Creates the run and lets everybody in, up to the evaluation of round 0."""
+        await self.open()
+        for name in ["evaluator", *(f"site-{i}" for i in range(self.config.clients))]:
+            assert isinstance(await self.join(name), Admission)
         await self.settle()
 
     async def settle(self) -> None:

@@ -89,9 +89,9 @@ class Rounds:
 
     async def _enrol(self, run: StoredRun) -> float:
         """Members join by themselves; this closes the door behind them."""
-        left = run.enrol_until - self._now()
         if len(run.members) >= run.config.clients:
             return await self._close_enrolment(run, run.members)
+        left = await self._enrolment_left(run)
         if left > 0:
             return left
         present = await self.store.members.presence(run.name)
@@ -100,10 +100,23 @@ class Rounds:
         members = tuple(member for member in run.members if member in present.alive)
         if len(members) >= run.config.min_clients:
             return await self._close_enrolment(run, members)
+        if (left := run.enrol_until - self._now()) > 0:
+            return left  # it was quiet, but some of them have left since
         reason = f"{len(members)} of at least {run.config.min_clients} clients enrolled in time"
         failed = replace(run, state=RunState.FAILED, failure=reason, finished_at=self._now())
         await self.store.run_store.advance(self.lease, run, failed)
         return 0
+
+    async def _enrolment_left(self, run: StoredRun) -> float:
+        """Seconds until enrolment closes if nobody else comes."""
+        now, quiet = self._now(), run.config.enrol_quiet_seconds
+        left = run.enrol_until - now
+        if not quiet or len(run.members) < run.config.min_clients:
+            return left
+        found = await self.store.members.all(run.name)
+        opened = run.enrol_until - run.config.enrol_seconds  # again, where a pause came in between
+        newest = max(member.joined_at for member in found if member.id in run.members)
+        return min(left, max(opened, newest) + quiet - now)
 
     async def _close_enrolment(self, run: StoredRun, members: tuple[str, ...]) -> float:
         """N is fixed and the shards are dealt, by client id."""

@@ -116,6 +116,13 @@ class RunConfig(_Section):
     enrol_seconds: float = Field(
         120.0, gt=0, le=_MONTH, description="enrolment closes after this time"
     )
+    enrol_quiet_seconds: float = Field(
+        0.0,
+        ge=0,
+        le=_MONTH,
+        description="enrolment closes earlier once min_clients are in and nobody new has come for"
+        " so long; 0: it waits",
+    )
     round_seconds: float = Field(
         300.0, gt=0, le=_MONTH, description="deadline for a round's updates"
     )
