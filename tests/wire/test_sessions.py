@@ -50,3 +50,19 @@ def test_keys_that_are_there_are_kept(tmp_path: Path) -> None:
 def test_what_is_no_key_is_said_so() -> None:
     with pytest.raises(InvalidRequest, match="session key: expected an Ed25519 private key"):
         public_key(b"not a key")
+
+
+def test_while_keys_are_changed_tokens_of_both_are_good() -> None:
+    new_private, new_public = make_keys()
+    verifier = SessionVerifier(PUBLIC + new_public)
+    for private in (PRIVATE, new_private):
+        assert verifier.verify(SessionSigner(private).issue(SITE)[0]) == SITE
+    with pytest.raises(Unauthenticated):
+        verifier.verify(SessionSigner(make_keys()[0]).issue(SITE)[0])
+
+
+@pytest.mark.parametrize("pem", [b"", b"a secret", PRIVATE, PUBLIC.replace(b"M", b"!")])
+def test_what_is_no_public_key_is_said_so_without_repeating_it(pem: bytes) -> None:
+    with pytest.raises(InvalidRequest, match=f"session_public_key.* {len(pem)} other bytes") as no:
+        SessionVerifier(pem)
+    assert "secret" not in no.value.detail

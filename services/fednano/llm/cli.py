@@ -23,6 +23,8 @@ def llm(
     metrics_port: Annotated[int | None, _option("metrics_port")] = None,
     device: Annotated[str | None, _option("device")] = None,
     dtype: Annotated[str | None, _option("dtype")] = None,
+    device_map: Annotated[str | None, _option("device_map")] = None,
+    tensor_parallel: Annotated[bool | None, _option("tensor_parallel")] = None,
     threads: Annotated[int | None, _option("threads")] = None,
     queue: Annotated[int | None, _option("queue")] = None,
     generations: Annotated[int | None, _option("generations")] = None,

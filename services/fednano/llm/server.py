@@ -13,7 +13,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -24,12 +24,14 @@ from transformers.utils.logging import disable_progress_bar
 from fednano import __version__, logs
 from fednano.llm.exchange import Exchange
 from fednano.llm.metrics import Metrics
+from fednano.llm.ranks import LeadingLLM, follow, kept_together
 from fednano.llm.requests import Limits
 from fednano.llm.servicer import LanguageModelServicer
 from fednano.llm.settings import LlmSettings
 from fednano.llm.worker import Worker
 from fednano.models.activations import Activations
 from fednano.models.frozen import FrozenLLM
+from fednano.models.parallel import Spread, rank
 from fednano.wire import llm_pb2, llm_pb2_grpc
 from fednano.wire.channels import check_exposure, listen, make_server
 from fednano.wire.errors import FedNanoError
@@ -37,6 +39,7 @@ from fednano.wire.sessions import Identity
 
 log = logging.getLogger(__name__)
 
+Engine = TypeVar("Engine", bound=FrozenLLM)
 SERVICE = llm_pb2.DESCRIPTOR.services_by_name["LanguageModel"].full_name
 
 
@@ -182,19 +185,37 @@ def limits_of(settings: LlmSettings, engine: FrozenLLM) -> Limits:
 
 
 def run(settings: LlmSettings) -> None:
-    """Serves until SIGTERM or SIGINT. Raises FedNanoError where that can't begin."""
+    """Serves until SIGTERM or SIGINT. Raises FedNanoError where that can't begin, or not go on."""
     check_listeners(settings)
     settings.verifier()
+    spread = Spread(settings.device_map, settings.tensor_parallel)
+    spread.check(settings.device)
     logs.configure(settings.service, settings.log_json, settings.log_level)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     disable_progress_bar()
     replica = settings.name or f"{socket.gethostname()}-{uuid.uuid4().hex[:6]}"
+    if not settings.tensor_parallel:
+        asyncio.run(_serve(settings, _load(FrozenLLM, settings, spread, replica), replica))
+    elif rank() == 0:
+        _lead(settings, _load(LeadingLLM, settings, spread, replica), replica)
+    else:
+        follow(_load(FrozenLLM, settings, spread, replica))
+
+
+def _load(kind: type[Engine], settings: LlmSettings, spread: Spread, replica: str) -> Engine:
     activations = Activations(replica, settings.activation_tokens, settings.activation_seconds)
-    engine = FrozenLLM.load(
-        settings.model, settings.device, settings.dtype, activations=activations
+    return kind.load(
+        settings.model, settings.device, settings.dtype, activations=activations, spread=spread
     )
-    asyncio.run(_serve(settings, engine, replica))
+
+
+def _lead(settings: LlmSettings, engine: LeadingLLM, replica: str) -> None:
+    """Serves for all ranks, and lets the others end when that is over."""
+    try:
+        asyncio.run(_serve(settings, engine, replica))
+    finally:
+        engine.dismiss()
 
 
 async def _serve(settings: LlmSettings, engine: FrozenLLM, replica: str) -> None:
@@ -204,6 +225,18 @@ async def _serve(settings: LlmSettings, engine: FrozenLLM, replica: str) -> None
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     ports = await server.start()
+    _log_ready(ports, engine, replica)
+    announce(ports, settings.ready_file)
+    leader = engine if isinstance(engine, LeadingLLM) else None
+    async with kept_together(leader, server.worker, stopping.set):
+        await stopping.wait()
+    drain = 0 if leader is not None and leader.lost else settings.drain_seconds
+    log.info("llm service stopping", extra={"drain_seconds": drain})
+    await server.stop(drain)
+    log.info("llm service stopped")
+
+
+def _log_ready(ports: Ports, engine: FrozenLLM, replica: str) -> None:
     log.info(
         "llm service ready",
         extra={
@@ -216,11 +249,6 @@ async def _serve(settings: LlmSettings, engine: FrozenLLM, replica: str) -> None
             "replica": replica,
         },
     )
-    announce(ports, settings.ready_file)
-    await stopping.wait()
-    log.info("llm service stopping", extra={"drain_seconds": settings.drain_seconds})
-    await server.stop()
-    log.info("llm service stopped")
 
 
 def announce(ports: Ports, ready_file: Path | None) -> None:

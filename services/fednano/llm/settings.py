@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from fednano.settings import ListenerTls
-from fednano.wire.errors import InvalidRequest
 from fednano.wire.sessions import SessionVerifier
 
 
@@ -22,7 +20,8 @@ class LlmSettings(ListenerTls):
 
     model: Path = Field(description="directory of the LLM half that `fednano split` wrote")
     session_public_key: str = Field(
-        description="Ed25519 public key (PEM) of the coordinator that signs callers' tokens"
+        description="Ed25519 public key (PEM) of the coordinator that signs callers' tokens; several"
+        " while keys are changed"
     )
     host: str = Field("127.0.0.1", description="address that gRPC binds")
     port: int = Field(50051, ge=0, le=65535, description="gRPC; 0: any free one")
@@ -33,6 +32,14 @@ class LlmSettings(ListenerTls):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the LLM runs")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="of the weights; auto: fp32 on a CPU, bf16 on a GPU"
+    )
+    device_map: str = Field(
+        "",
+        description="layers on several devices: auto, balanced, balanced_low_0, sequential, or a YAML"
+        " or JSON file {module: device}",
+    )
+    tensor_parallel: bool = Field(
+        False, description="a part of each layer on every rank that torchrun started"
     )
     threads: int = Field(0, ge=0, description="CPU threads of one computation; 0: torch's choice")
     queue: int = Field(64, ge=1, description="requests that may wait; more are refused as busy")
@@ -60,11 +67,4 @@ class LlmSettings(ListenerTls):
 
     def verifier(self) -> SessionVerifier:
         """Checks callers' tokens. Raises InvalidRequest, which does not repeat what may be secret."""
-        pem = self.session_public_key.encode()
-        try:
-            load_pem_public_key(pem)
-        except ValueError:
-            raise InvalidRequest.of(
-                "session_public_key", "a public key in PEM form", f"{len(pem)} other bytes"
-            ) from None
-        return SessionVerifier(pem)
+        return SessionVerifier(self.session_public_key.encode())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -27,6 +27,7 @@ from fednano.models.language_model import (
     StepResult,
 )
 from fednano.models.padding import Padding, Predictions
+from fednano.models.parallel import ONE_DEVICE, Spread, home
 from fednano.wire.errors import InvalidRequest, UnknownActivation
 
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -64,11 +65,12 @@ class FrozenLLM:
         dtype: DTypeName = "auto",
         fingerprint: str | None = None,
         activations: Activations | None = None,
-    ) -> FrozenLLM:
+        spread: Spread = ONE_DEVICE,
+    ) -> Self:
         """The causal LM in `directory`: the half that `fednano split` wrote, or a stock checkpoint.
 
         `fingerprint` replaces the recorded one; a stock checkpoint's is computed. Raises
-        InvalidRequest where there is no such model, or no such device.
+        InvalidRequest where there is no such model, or no such device, or it can't be spread so.
         """
         name, found = directory.resolve().name, fingerprint
         if (directory / checkpoint.RECORD).is_file():
@@ -76,13 +78,14 @@ class FrozenLLM:
             name, found = record.name, fingerprint or record.fingerprint
         place = pick_device(device)
         found = found or checkpoint.fingerprint(directory)
+        options = spread.options(directory)
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
-                directory, local_files_only=True, dtype=pick_dtype(dtype, place)
+                directory, local_files_only=True, dtype=pick_dtype(dtype, place), **options
             )
         except (OSError, ValueError) as error:
             raise InvalidRequest.of("model", "a causal language model", error) from error
-        return cls(model.to(place), found, name, activations)
+        return cls(model if options else model.to(place), found, name, activations)
 
     @property
     def fingerprint(self) -> str:
@@ -113,8 +116,8 @@ class FrozenLLM:
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self._model.device
-        return device
+        """Where inputs go and logits come from."""
+        return home(self._model)
 
     @property
     def max_positions(self) -> int:
@@ -174,7 +177,7 @@ class FrozenLLM:
             with torch.no_grad():
                 logits = self._logits(self._placed(sequences), self._padding(sequences), positions)
             return ForwardResult("", logits.to(home))
-        activation = self._activation(sequences, positions)
+        activation = self.activate(sequences, positions)
         name = self.activations.put(activation)
         return ForwardResult(name, activation.logits.detach().to(home))
 
@@ -195,13 +198,24 @@ class FrozenLLM:
         if kept is None:
             if sequences is None or positions is None:
                 raise UnknownActivation("the activation is gone; send the embeddings again")
-            kept = self._activation(sequences, positions)
+            kept = self.activate(sequences, positions)
         if kept.logits.shape != logits_gradient.shape:
             raise InvalidRequest.of(
                 "logits_gradient", list(kept.logits.shape), list(logits_gradient.shape)
             )
         self.activations.drop(activation)
-        gradient = _gradient(kept.logits, kept.values, logits_gradient.to(kept.logits))
+        return self.descend(kept, logits_gradient)
+
+    def activate(self, sequences: Sequences, positions: torch.Tensor) -> Activation:
+        """A forward pass with its graph, from which `descend` goes back, once."""
+        values = self._leaf(sequences)
+        with torch.enable_grad():
+            return Activation(values, self._logits(values, self._padding(sequences), positions))
+
+    def descend(self, activation: Activation, logits_gradient: torch.Tensor) -> torch.Tensor:
+        """logits_gradient [wanted, vocabulary] to the gradient [tokens, hidden]."""
+        above = logits_gradient.to(activation.logits)
+        gradient = _gradient(activation.logits, activation.values, above)
         return gradient.to(logits_gradient.device)
 
     def generate(
@@ -226,11 +240,6 @@ class FrozenLLM:
     def _leaf(self, sequences: Sequences) -> torch.Tensor:
         return self._placed(sequences).requires_grad_()
 
-    def _activation(self, sequences: Sequences, positions: torch.Tensor) -> Activation:
-        values = self._leaf(sequences)
-        with torch.enable_grad():
-            return Activation(values, self._logits(values, self._padding(sequences), positions))
-
     def _losses(
         self, values: torch.Tensor, padding: Padding, predictions: Predictions
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -249,7 +258,7 @@ class FrozenLLM:
             attention_mask=padding.mask,
             position_ids=padding.position_ids,
             use_cache=False,
-            logits_to_keep=columns,
+            logits_to_keep=columns.tolist(),  # a tensor might lie on another device than the last layer
         )
         logits: torch.Tensor = output.logits[padding.rows[positions], column]
         return logits.float()

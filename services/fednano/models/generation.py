@@ -105,7 +105,7 @@ class _Writer:
             self.samples = [self.samples[row] for row in keep]
             if not keep:
                 return
-            rows = torch.tensor(keep, device=chosen.device)
+            rows = torch.tensor(keep)  # of no device: the cache's layers may lie on several
             self._cache.batch_select_indices(rows)
             chosen, self._mask = chosen[rows], self._mask[rows]
             self._position_ids = self._position_ids[rows]

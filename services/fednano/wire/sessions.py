@@ -5,18 +5,21 @@ Ed25519: the LLM service holds the public key only, so that it can check tokens 
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import jwt
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from fednano.wire.errors import InvalidRequest, Unauthenticated
 
 _ALGORITHM = "EdDSA"
 _AUDIENCE = "fednano-llm"
+_PEM = re.compile(rb"-----BEGIN PUBLIC KEY-----.+?-----END PUBLIC KEY-----", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -55,23 +58,36 @@ class SessionVerifier:
     """Checks tokens; held by the LLM service."""
 
     def __init__(self, public_pem: bytes) -> None:
-        self._key = public_pem
+        """One public key or several, one PEM block after the other: while keys are changed, tokens
+        of the old one are still good. Raises InvalidRequest, which repeats nothing of the bytes."""
+        try:
+            found = [load_pem_public_key(block) for block in _PEM.findall(public_pem)]
+        except ValueError:
+            found = []
+        self._keys = [key for key in found if isinstance(key, Ed25519PublicKey)]
+        if not self._keys or len(self._keys) < len(found):
+            wanted = "Ed25519 public keys in PEM form"
+            raise InvalidRequest.of("session_public_key", wanted, f"{len(public_pem)} other bytes")
 
     def verify(self, token: str) -> Identity:
         """Raises Unauthenticated, saying no more than whether the token has expired."""
-        try:
-            claims = jwt.decode(
-                token,
-                self._key,
-                algorithms=[_ALGORITHM],
-                audience=_AUDIENCE,
-                options={"require": ["exp", "sub", "role", "run"]},
-            )
-        except jwt.ExpiredSignatureError:
-            raise Unauthenticated("the session token has expired") from None
-        except jwt.InvalidTokenError:
-            raise Unauthenticated from None
-        return Identity(name=claims["sub"], role=claims["role"], run=claims["run"])
+        for key in self._keys:
+            try:
+                claims = jwt.decode(
+                    token,
+                    key,
+                    algorithms=[_ALGORITHM],
+                    audience=_AUDIENCE,
+                    options={"require": ["exp", "sub", "role", "run"]},
+                )
+            except jwt.ExpiredSignatureError:
+                raise Unauthenticated("the session token has expired") from None
+            except jwt.InvalidSignatureError:
+                continue
+            except jwt.InvalidTokenError:
+                raise Unauthenticated from None
+            return Identity(name=claims["sub"], role=claims["role"], run=claims["run"])
+        raise Unauthenticated
 
 
 def make_keys() -> tuple[bytes, bytes]:
