@@ -50,7 +50,7 @@ FROZEN_CONTRACT: dict[str, dict[str, str]] = json.loads(FROZEN.read_text())
 
 @pytest.mark.parametrize("name", FROZEN_CONTRACT)
 def test_nothing_that_was_promised_has_changed(name: str) -> None:
-    """On purpose? Raise PROTOCOL in wire/channels.py and run `make freeze-contract`."""
+    """On purpose? Raise PROTOCOL in wire/headers.py and run `make freeze-contract`."""
     now = contract().get(name)
     assert now is not None, f"{name} is gone"
     for entry, was in FROZEN_CONTRACT[name].items():

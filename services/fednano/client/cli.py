@@ -91,10 +91,11 @@ def run_command(
 ) -> None:
     """Join runs and train or evaluate, until stopped."""
     from fednano import logs
-    from fednano.client import daemon
 
     settings = _settings(context)
     logs.configure("client", settings.log_json, settings.log_level)
+    from fednano.client import daemon
+
     raise typer.Exit(daemon.run(settings))
 
 
@@ -192,9 +193,11 @@ def ask_command(
     """Ask the tuned model; the answer appears as it is written."""
     settings = _settings(context, retry_seconds=20.0)
     settings.set_threads()
+    from fednano import tracing
     from fednano.client.ask import Question, Which, answer
     from fednano.models.language_model import Sampling
 
+    tracing.configure("client")
     asked = Question(question, tuple(image or ()))
     sampling = Sampling(max_new_tokens, temperature, seed=seed)
     pieces = answer(settings, asked, Which(adapters_of, round_number), sampling)

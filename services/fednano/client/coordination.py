@@ -6,24 +6,27 @@ import hashlib
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+
+from structlog.contextvars import bound_contextvars
 
 from fednano.client.adapters import Tensors
 from fednano.client.meter import Meter
 from fednano.client.retries import retried
 from fednano.wire import codec
 from fednano.wire import coordinator_pb2 as pb
-from fednano.wire.channels import ClientTls, make_channel, translated
+from fednano.wire.channels import ClientTls, calling, make_channel
 from fednano.wire.coordinator_pb2_grpc import CoordinatorStub
 from fednano.wire.headers import make_header
-from fednano.wire.interceptors import bearer
 from fednano.wire.run_config import RunConfig
 from fednano.wire.tensor_pb2 import Header
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_SERVICE = f"/{pb.DESCRIPTOR.services_by_name['Coordinator'].full_name}"
 _ADAPTER_LIMIT = 1 << 34
 
 
@@ -94,19 +97,19 @@ class CoordinatorClient:
 
     def join(self, request: pb.JoinRequest) -> pb.JoinReply:
         """A membership, or how long to wait before asking again."""
-        reply: pb.JoinReply = self._call(self._stub.Join, request)
+        reply: pb.JoinReply = self._call("Join", request)
         return reply
 
     def login(self) -> str:
         """A run-less token for the LLM service."""
         request = pb.LoginRequest(header=self.header())
-        token: str = self._call(self._stub.Login, request).llm_token.token
+        token: str = self._call("Login", request).llm_token.token
         return token
 
     def next_task(self, member: Membership, wait_ms: int) -> pb.NextTaskReply:
         request = pb.NextTaskRequest(header=self.header(member), wait_ms=wait_ms)
         timeout = wait_ms / 1000 + 30
-        reply: pb.NextTaskReply = self._call(self._stub.NextTask, request, timeout)
+        reply: pb.NextTaskReply = self._call("NextTask", request, timeout)
         return reply
 
     def heartbeat(
@@ -116,7 +119,7 @@ class CoordinatorClient:
         request = pb.HeartbeatRequest(
             header=self.header(member, task), progress=progress, doing=doing
         )
-        reply: pb.HeartbeatReply = self._once(self._stub.Heartbeat, request, 10)
+        reply: pb.HeartbeatReply = self._once("Heartbeat", request, 10)
         member.renew(reply.llm_token)
         return reply
 
@@ -124,8 +127,8 @@ class CoordinatorClient:
         """By digest, round, best or last."""
 
         def call() -> Adapter:
-            with translated():
-                replies = self._stub.GetAdapter(request, **self._options(60))
+            with self._calling("GetAdapter", request.header, 60) as options:
+                replies = self._stub.GetAdapter(request, **options)
                 head = next(replies).head
                 payload = codec.Payload(head.tensors, _ADAPTER_LIMIT)
                 for reply in replies:
@@ -135,7 +138,7 @@ class CoordinatorClient:
             arrays = {n: a.astype("<f4", copy=False) for n, a in payload.arrays().items()}
             return Adapter(arrays, head.scale, head.digest, head.round)
 
-        return self._retried(call)
+        return self._retried(request.header, call)
 
     def submit(
         self, head: pb.SubmitHead, tensors: Tensors, auxiliary: Tensors, seconds: float
@@ -163,31 +166,35 @@ class CoordinatorClient:
                 yield pb.SubmitRequest(chunk=chunk)
 
         def call() -> pb.SubmitReply:
-            with translated():
-                reply: pb.SubmitReply = self._stub.Submit(requests(), **self._options(120))
+            with self._calling("Submit", head.header, 120) as options:
+                reply: pb.SubmitReply = self._stub.Submit(requests(), **options)
             return reply
 
-        return self._retried(call)
+        return self._retried(head.header, call)
 
     def submit_evaluation(self, request: pb.SubmitEvaluationRequest) -> pb.SubmitReply:
-        reply: pb.SubmitReply = self._call(self._stub.SubmitEvaluation, request)
+        reply: pb.SubmitReply = self._call("SubmitEvaluation", request)
         return reply
 
-    def _call(self, method: Any, request: Any, timeout: float = 30) -> Any:
-        return self._retried(lambda: self._once(method, request, timeout))
+    def _call(self, rpc: str, request: Any, timeout: float = 30) -> Any:
+        return self._retried(request.header, lambda: self._once(rpc, request, timeout))
 
-    def _once(self, method: Any, request: Any, timeout: float) -> Any:
+    def _once(self, rpc: str, request: Any, timeout: float) -> Any:
         self.meter.add("sent", "control", request.ByteSize())
-        with translated():
-            reply = method(request, **self._options(timeout))
+        with self._calling(rpc, request.header, timeout) as options:
+            reply = getattr(self._stub, rpc)(request, **options)
         self.meter.add("received", "control", reply.ByteSize())
         return reply
 
-    def _retried(self, call: Callable[[], T]) -> T:
-        return retried(call, self._retry_seconds, _note_failure)
+    def _retried(self, header: Header, call: Callable[[], T]) -> T:
+        with bound_contextvars(request_id=header.request):
+            return retried(call, self._retry_seconds, _note_failure)
 
-    def _options(self, timeout: float) -> dict[str, Any]:
-        return {"metadata": bearer(self._token), "timeout": timeout}
+    @contextmanager
+    def _calling(self, rpc: str, header: Header, timeout: float) -> Iterator[dict[str, Any]]:
+        """Around one try: the options of the stub's method."""
+        with calling(f"{_SERVICE}/{rpc}", header, self._token) as metadata:
+            yield {"metadata": metadata, "timeout": timeout}
 
 
 def _note_failure(error: BaseException) -> None:

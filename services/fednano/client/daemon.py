@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from fednano import __version__
+from structlog.contextvars import bound_contextvars
+
+from fednano import __version__, logs, tracing
 from fednano.client.cache import FeatureCache
 from fednano.client.coordination import CoordinatorClient, Membership
 from fednano.client.datasets import JsonlDataset
@@ -81,19 +83,18 @@ class Client:
         fenced_at = float("-inf")
         while True:
             try:
-                state = self._serve(self._join())
+                member = self._join()
+                with bound_contextvars(run=member.run):
+                    state = self._serve(member)
             except SessionEnded as error:
                 if time.monotonic() - fenced_at < _FENCED_TWICE_SECONDS:
-                    log.error("another process runs under this client id", extra=self._who())
+                    log.error("another process runs under this client id")
                     return 1
                 fenced_at = time.monotonic()
                 log.warning("session ended, joining again", extra={"reason": str(error)})
                 continue
             if self.settings.once or self.settings.run:
                 return 0 if state == "finished" else 1
-
-    def _who(self) -> dict[str, object]:
-        return {"client": self.settings.id}
 
     def _join(self) -> Membership:
         """Asks until a run wants this client."""
@@ -117,12 +118,12 @@ class Client:
                 return self._member(reply.member)
             if reply.wait.reason != waiting_for:
                 waiting_for = reply.wait.reason
-                log.info("waiting for a run", extra={**self._who(), "reason": waiting_for})
+                log.info("waiting for a run", extra={"reason": waiting_for})
             time.sleep(reply.wait.retry_after_ms / 1000)
 
     def _member(self, reply: pb.Membership) -> Membership:
         config = RunConfig.model_validate_json(reply.config_json)
-        log.info("joined", extra={**self._who(), "run": reply.run})
+        log.info("joined", extra={"run": reply.run})
         return Membership(
             reply.run, reply.session, config, reply.llm_token.token, reply.shard, reply.of
         )
@@ -152,8 +153,7 @@ class Client:
                 match reply.WhichOneof("task"):
                     case "finished":
                         state = reply.finished.run_state
-                        extra = {**self._who(), "run": member.run, "state": state}
-                        log.info("run ended", extra=extra)
+                        log.info("run ended", extra={"state": state})
                         return state
                     case "train":
                         self._do(worker.train, reply.train)
@@ -162,12 +162,14 @@ class Client:
 
     def _do(self, work: Callable[[Any], None], task: Any) -> None:
         self._task = task
-        try:
-            work(task)
-        except TaskGivenUp as error:
-            log.info("task given up", extra={**self._who(), "reason": str(error)})
-        finally:
-            self._task = None
+        with bound_contextvars(round=task.round):
+            try:
+                with tracing.working(work.__name__, logs.bound_ids()):
+                    work(task)
+            except TaskGivenUp as error:
+                log.info("task given up", extra={"reason": str(error)})
+            finally:
+                self._task = None
 
     def _llm_header(self, member: Membership) -> Header:
         return self.coordinator.header(member, self._task)
@@ -186,10 +188,11 @@ def run(settings: ClientSettings) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     client = Client.connect(settings)
-    try:
-        return client.run()
-    except Stopped as signalled:
-        log.info("stopped", extra={"client": settings.id, "signal": str(signalled)})
-        return 0
-    finally:
-        client.close()
+    with bound_contextvars(client=settings.id):
+        try:
+            return client.run()
+        except Stopped as signalled:
+            log.info("stopped", extra={"signal": str(signalled)})
+            return 0
+        finally:
+            client.close()

@@ -6,11 +6,13 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
 import torch
+from structlog.contextvars import bound_contextvars
 
 from fednano.client.meter import Kind, Meter
 from fednano.client.replicas import Replica, Replicas
@@ -25,14 +27,14 @@ from fednano.models.language_model import (
     StepResult,
 )
 from fednano.wire import codec, llm_pb2, torch_codec
-from fednano.wire.channels import translated
+from fednano.wire.channels import calling
 from fednano.wire.errors import RETRYABLE, Unavailable, UnknownActivation
-from fednano.wire.interceptors import bearer
 from fednano.wire.tensor_pb2 import FP32, DType, Header, Tensor, TensorSpec
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_SERVICE = f"/{llm_pb2.DESCRIPTOR.services_by_name['LanguageModel'].full_name}"
 _REPLY_LIMIT = 1 << 34
 _CHUNK_KINDS: dict[str, tuple[Kind, Kind]] = {  # of chunks sent and received
     "ForwardBackward": ("embeddings", "gradients"),
@@ -89,12 +91,12 @@ class RemoteLanguageModel:
 
         def call(replica: Replica) -> llm_pb2.DescribeReply:
             self._meter.add("sent", "control", request.ByteSize())
-            with translated():
-                reply = replica.stub.Describe(request, **self._options())
+            with self._calling("Describe", request.header) as options:
+                reply = replica.stub.Describe(request, **options)
             self._meter.add("received", "control", reply.ByteSize())
             return reply
 
-        return self._retried(call)
+        return self._retried(request.header, call)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [tokens] to [tokens, hidden] float32."""
@@ -104,12 +106,12 @@ class RemoteLanguageModel:
 
         def call(replica: Replica) -> torch.Tensor:
             self._meter.add("sent", "control", request.ByteSize())
-            with translated():
-                replies = replica.stub.Embed(request, **self._options())
+            with self._calling("Embed", request.header) as options:
+                replies = replica.stub.Embed(request, **options)
                 _, values = self._collect("Embed", replies, lambda r: [r.values])
             return values[0]
 
-        return self._retried(call)
+        return self._retried(request.header, call)
 
     def step(self, sequences: Sequences, labels: torch.Tensor, weights: torch.Tensor) -> StepResult:
         head = llm_pb2.ForwardBackwardHead(
@@ -123,8 +125,8 @@ class RemoteLanguageModel:
 
         def call(replica: Replica) -> StepResult:
             requests = self._stream("ForwardBackward", llm_pb2.ForwardBackwardRequest, head, body)
-            with translated():
-                replies = replica.stub.ForwardBackward(requests, **self._options())
+            with self._calling("ForwardBackward", head.header) as options:
+                replies = replica.stub.ForwardBackward(requests, **options)
                 first, values = self._collect(
                     "ForwardBackward", replies, lambda r: [r.result.gradient.dense.values]
                 )
@@ -133,7 +135,7 @@ class RemoteLanguageModel:
                 _tensor(first.result.loss_sums), _tensor(first.result.token_counts), values[0]
             )
 
-        return self._retried(call)
+        return self._retried(head.header, call)
 
     def score(self, sequences: Sequences, labels: torch.Tensor) -> ScoreResult:
         head = llm_pb2.ScoreHead(
@@ -145,8 +147,8 @@ class RemoteLanguageModel:
 
         def call(replica: Replica) -> ScoreResult:
             requests = self._stream("Score", llm_pb2.ScoreRequest, head, body)
-            with translated():
-                reply = replica.stub.Score(requests, **self._options())
+            with self._calling("Score", head.header) as options:
+                reply = replica.stub.Score(requests, **options)
             self._meter.add("received", "control", reply.ByteSize())
             self._spent(reply.spent)
             return ScoreResult(
@@ -155,7 +157,7 @@ class RemoteLanguageModel:
                 _tensor(reply.correct_counts),
             )
 
-        return self._retried(call)
+        return self._retried(head.header, call)
 
     def forward(
         self, sequences: Sequences, positions: torch.Tensor, keep: bool = True
@@ -170,14 +172,14 @@ class RemoteLanguageModel:
 
         def call(replica: Replica) -> ForwardResult:
             requests = self._stream("Forward", llm_pb2.ForwardRequest, head, body)
-            with translated():
-                replies = replica.stub.Forward(requests, **self._options())
+            with self._calling("Forward", head.header) as options:
+                replies = replica.stub.Forward(requests, **options)
                 first, values = self._collect("Forward", replies, lambda r: [r.result.logits])
             if first.result.activation:
                 self._homes[first.result.activation] = replica.address
             return ForwardResult(first.result.activation, values[0])
 
-        return self._retried(call)
+        return self._retried(head.header, call)
 
     def backward(
         self,
@@ -187,38 +189,43 @@ class RemoteLanguageModel:
         positions: torch.Tensor,
     ) -> torch.Tensor:
         """Goes to the replica that holds the activation; elsewhere it is computed again."""
+        header = self._header()
         home = self._replicas.at(self._homes.pop(activation, ""))
         if home is not None:
             try:
-                return self._backward(home, activation, logits_gradient, None, positions)
+                return self._backward(home, header, logits_gradient, activation)
             except (UnknownActivation, *RETRYABLE) as error:
-                log.info("activation computed again", extra={"reason": str(error)})
+                extra = {"reason": str(error), "request_id": header.request}
+                log.info("activation computed again", extra=extra)
+        again = sequences, positions
         return self._retried(
-            lambda replica: self._backward(replica, "", logits_gradient, sequences, positions)
+            header, lambda replica: self._backward(replica, header, logits_gradient, "", again)
         )
 
     def _backward(
         self,
         replica: Replica,
-        activation: str,
+        header: Header,
         logits_gradient: torch.Tensor,
-        sequences: Sequences | None,
-        positions: torch.Tensor,
+        activation: str,
+        again: tuple[Sequences, torch.Tensor] | None = None,
     ) -> torch.Tensor:
+        """`again` is what an activation is computed from, where there is none."""
         head = llm_pb2.BackwardHead(
-            header=self._header(),
+            header=header,
             activation=activation,
             logits_gradient=torch_codec.spec_of("logits_gradient", logits_gradient, FP32),
             gradient_dtype=self._dtype,
         )
         body = [torch_codec.pack(logits_gradient, FP32)]
-        if sequences is not None:
+        if again is not None:
+            sequences, positions = again
             head.embeddings.CopyFrom(self._embeddings(sequences))
             head.positions.CopyFrom(_integers(positions))
             body.append(torch_codec.pack(sequences.values, self._dtype))
         requests = self._stream("Backward", llm_pb2.BackwardRequest, head, body)
-        with translated():
-            replies = replica.stub.Backward(requests, **self._options())
+        with self._calling("Backward", header) as options:
+            replies = replica.stub.Backward(requests, **options)
             _, values = self._collect("Backward", replies, lambda r: [r.gradient.dense.values])
         return values[0]
 
@@ -255,30 +262,39 @@ class RemoteLanguageModel:
             except RETRYABLE as error:
                 if time.monotonic() > patience:
                     raise
-                self._note_failure(error)
+                self._note_failure(error, head.header)
                 time.sleep(random.uniform(0.1, 1.0))
 
     def _written(
         self, head: llm_pb2.GenerateHead, body: list[codec.Buffer]
     ) -> Iterator[llm_pb2.GenerateReply]:
         requests = self._stream("Generate", llm_pb2.GenerateRequest, head, body)
-        with translated():
-            yield from self._replicas.next().stub.Generate(requests, **self._options())
+        with self._calling("Generate", head.header) as options:
+            yield from self._replicas.next().stub.Generate(requests, **options)
 
     def _tokens(self, reply: llm_pb2.GenerateReply) -> list[NewToken]:
         self._meter.add("received", "control", reply.ByteSize())
         self._spent(reply.spent)
         return [NewToken(t.sample, t.id, t.end) for t in reply.tokens]
 
-    def _retried(self, call: Callable[[Replica], T]) -> T:
-        return retried(lambda: call(self._replicas.next()), self._retry_seconds, self._note_failure)
+    def _retried(self, header: Header, call: Callable[[Replica], T]) -> T:
+        with bound_contextvars(request_id=header.request):
+            return retried(
+                lambda: call(self._replicas.next()),
+                self._retry_seconds,
+                lambda error: self._note_failure(error, header),
+            )
 
-    def _note_failure(self, error: BaseException) -> None:
+    def _note_failure(self, error: BaseException, header: Header) -> None:
         self._replicas.failed()
-        log.warning("the LLM service is asked again", extra={"reason": str(error)})
+        extra = {"reason": str(error), "request_id": header.request}
+        log.warning("the LLM service is asked again", extra=extra)
 
-    def _options(self) -> dict[str, Any]:
-        return {"metadata": bearer(self._caller.token()), "timeout": self._call_seconds}
+    @contextmanager
+    def _calling(self, rpc: str, header: Header) -> Iterator[dict[str, Any]]:
+        """Around one try: the options of the stub's method."""
+        with calling(f"{_SERVICE}/{rpc}", header, self._caller.token()) as metadata:
+            yield {"metadata": metadata, "timeout": self._call_seconds}
 
     def _header(self) -> Header:
         header = self._caller.header()

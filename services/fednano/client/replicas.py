@@ -17,7 +17,7 @@ from fednano.wire.llm_pb2_grpc import LanguageModelStub
 
 log = logging.getLogger(__name__)
 
-_RESOLVE_SECONDS = 30.0
+_RESOLVE_SECONDS = 5.0  # a new replica is found, and a name that fails asked for, so soon
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class Replicas:
             self._replicas.clear()
 
     def _resolve(self) -> None:
+        self._resolved_at = time.monotonic()
         try:
             found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
         except OSError as error:
@@ -85,7 +86,6 @@ class Replicas:
         for address in sorted(addresses - self._replicas.keys()):
             channel = make_channel(address, self._tls)
             self._replicas[address] = Replica(address, channel, LanguageModelStub(channel))
-        self._resolved_at = time.monotonic()
 
 
 def _join(host: str, port: int) -> str:

@@ -38,7 +38,7 @@ class Worker:
         """Local training from the round's adapter, then Submit. Raises TaskGivenUp."""
         with self.heartbeat.on(task, f"training, round {task.round}"):
             base, data = self._adapter(task.adapter), self._data(task.shard, task.of)
-            log.info("training", extra=self._about(task, samples=len(data)))
+            log.info("training", extra={"samples": len(data)})
             result = self._trained(task, base, data)
             head = pb.SubmitHead(
                 header=self.coordinator.header(self.member, task),
@@ -47,7 +47,7 @@ class Worker:
                 metrics={"train_loss": result.loss},
             )
             reply = self.coordinator.submit(head, result.adapter, result.fisher, result.seconds)
-        self._log_reply("update", task, reply, loss=round(result.loss, 4))
+        _log_reply("update", reply, loss=round(result.loss, 4))
 
     def _trained(self, task: pb.TrainTask, base: Adapter, data: Dataset) -> TrainResult:
         config = self.member.config
@@ -76,7 +76,7 @@ class Worker:
             )
             reply = self.coordinator.submit_evaluation(request)
         for result in found.values():
-            self._log_reply("evaluation", task, reply, accuracy=round(result.accuracy, 4))
+            _log_reply("evaluation", reply, accuracy=round(result.accuracy, 4))
 
     def _evaluated(self, digest: str, examples: list[Example]) -> EvaluationResult:
         base = self._adapter(digest)
@@ -120,21 +120,11 @@ class Worker:
             raise InvalidRequest("the evaluator of a run on own data needs --data FILE")
         return self.own_data.everything()[: config.data.evaluation_limit or None]
 
-    def _about(self, task: pb.TrainTask | pb.EvaluateTask, **more: object) -> dict[str, object]:
-        about = {"run": self.member.run, "round": task.round, "client": self.coordinator.client}
-        return {**about, **more}
 
-    def _log_reply(
-        self,
-        what: str,
-        task: pb.TrainTask | pb.EvaluateTask,
-        reply: pb.SubmitReply,
-        **more: object,
-    ) -> None:
-        result = pb.SubmitReply.Result.Name(reply.result).lower()
-        level = logging.INFO if result in ("accepted", "duplicate") else logging.WARNING
-        reason = {"reason": reply.reason} if reply.reason else {}
-        log.log(level, f"{what} {result}", extra=self._about(task, **more, **reason))
+def _log_reply(what: str, reply: pb.SubmitReply, **more: float) -> None:
+    result = pb.SubmitReply.Result.Name(reply.result).lower()
+    level = logging.INFO if result in ("accepted", "duplicate") else logging.WARNING
+    log.log(level, f"{what} {result}", extra={**more, "reason": reply.reason})
 
 
 def _evaluation(digest: str, result: EvaluationResult) -> pb.Evaluation:

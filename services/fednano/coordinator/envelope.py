@@ -11,7 +11,9 @@ from urllib.parse import quote
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.contextvars import clear_contextvars
 
+from fednano import logs
 from fednano.coordinator.problems import problem_response
 
 log = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ MAX_BODY_BYTES = 1 << 20  # the largest body is a RunConfig
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SAFE = "/:@!$&'()*+,;=~"
 _LONGEST_PATH = 300
-_QUIET = ("/healthz", "/readyz", "/metrics", "/static/")
+QUIET = ("/healthz", "/readyz", "/metrics", "/static/")
 
 
 class Envelope:
@@ -49,6 +51,8 @@ class Envelope:
         request_id = sent if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
         # A new dict: the server's own is shared by all requests.
         scope["state"] = {**scope.get("state", {}), "request_id": request_id}
+        clear_contextvars()  # of the request before, whose end began a pipelined one
+        logs.bind(request_id=request_id)
         status = 0
 
         async def seal(message: Message) -> None:
@@ -96,7 +100,7 @@ def _note(scope: Scope, status: int, seconds: float) -> None:
     identity = state.get("identity")
     reading = scope["method"] in ("GET", "HEAD") and status < 400
     log.log(
-        logging.DEBUG if reading or status == 401 or path.startswith(_QUIET) else logging.INFO,
+        logging.DEBUG if reading or status == 401 or path.startswith(QUIET) else logging.INFO,
         "http request",
         extra={
             "method": scope["method"],
@@ -104,6 +108,5 @@ def _note(scope: Scope, status: int, seconds: float) -> None:
             "status": status,
             "ms": round(seconds * 1000, 1),
             "by": identity.name if identity else None,
-            "request_id": state["request_id"],
         },
     )

@@ -56,7 +56,7 @@ def problem_response(error: Exception, request_id: str) -> Response:
         title = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(error).__name__).capitalize()
         headers = {"WWW-Authenticate": "Bearer"} if isinstance(error, Unauthenticated) else None
         return _reply(error.http_status, title, error.detail, error.problems, request_id, headers)
-    log.error("request failed", exc_info=error, extra={"request_id": request_id})
+    log.error("request failed", exc_info=error)
     return _reply(500, "Internal error", "internal error; see the service's log", (), request_id)
 
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
@@ -18,10 +18,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
-from fednano import __version__
+from fednano import __version__, logs, tracing
 from fednano.coordinator import login, rest_runs
 from fednano.coordinator.access import Gate
-from fednano.coordinator.envelope import Envelope
+from fednano.coordinator.envelope import QUIET, Envelope
 from fednano.coordinator.events import EventStreams
 from fednano.coordinator.problems import MEDIA_TYPE, FieldProblem, ProblemReply, handle
 from fednano.coordinator.rest_models import (
@@ -80,6 +80,7 @@ def make_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        telemetry=tracing.for_fastapi(QUIET),
         middleware=[Middleware(Envelope), Middleware(Gate, store=store)],
     )
     app.state.store = store
@@ -96,10 +97,20 @@ def make_app(
 
 def _add_routes(app: FastAPI) -> None:
     for router in (rest_runs.router, operations, login.router):
-        app.include_router(router, prefix="/api/v1")
+        app.include_router(router, prefix="/api/v1", dependencies=[Depends(name_run)])
     app.include_router(service)
     app.include_router(pages)
     app.mount("/static", Files(directory=_DASHBOARD / "static"), name="static")
+
+
+async def name_run(request: Request) -> None:
+    """Lines of a request about a run or a round tell which. (Not a plain function: FastAPI would run
+    that in a thread, and what is bound there is lost.)"""
+    run, number = (request.path_params.get(name, "") for name in ("run", "number"))
+    if run:
+        logs.bind(run=logs.printable(run))
+    if number.isdecimal():
+        logs.bind(round=int(number[:9]))
 
 
 @service.get("/healthz", summary="Whether the process is alive; open to all")

@@ -110,7 +110,7 @@ class Servicer(CoordinatorServicer):
             return JoinReply(wait=Wait(retry_after_ms=5 * RETRY_MS, reason=outcome))
         member = membership(outcome.run, outcome.member)
         member.llm_token.CopyFrom(self._llm_token(outcome.member.id, identity, outcome.run.name))
-        log.info("client joined", extra={"run": outcome.run.name, "client": outcome.member.id})
+        log.info("client joined", extra={"run": outcome.run.name})
         return JoinReply(member=member)
 
     async def Login(self, request: LoginRequest, context: Context) -> LoginReply:  # noqa: N802
@@ -205,10 +205,9 @@ class Servicer(CoordinatorServicer):
         except Refused as refused:
             meta, reason = UpdateMeta(head.samples), str(refused)
             result = await self._store.updates.claim(sender, {}, meta, spent, reason)
-            return self._answer(sender, result, spent, reason)
-        return self._answer(
-            sender, await self._store.updates.claim(sender, tensors, meta, spent), spent
-        )
+            return self._answer(result, spent, reason)
+        result = await self._store.updates.claim(sender, tensors, meta, spent)
+        return self._answer(result, spent)
 
     async def _rules(self, run: StoredRun, client: StoredClient, sender: Sender) -> Rules:
         """Raises Refused where no update of the client is wanted: the store says late, duplicate or
@@ -223,21 +222,12 @@ class Servicer(CoordinatorServicer):
         base = await self._store.adapters.get(run, round_.base)
         return Rules(round_.base, base.tensors, strategy_of(run.config.strategy), self._max_norm)
 
-    def _answer(self, sender: Sender, result: str, spent: Spent, refusal: str = "") -> SubmitReply:
+    def _answer(self, result: str, spent: Spent, refusal: str = "") -> SubmitReply:
         value, reason = _RESULTS.get(result, (SubmitReply.REFUSED, refusal))
         self._metrics.updates.labels("refused" if result == "stranger" else result).inc()
         if result != "duplicate":
             self._metrics.spent(spent)
-        log.info(
-            "update",
-            extra={
-                "run": sender.run,
-                "round": sender.round,
-                "client": sender.client,
-                "result": result,
-                "reason": reason,
-            },
-        )
+        log.info("update", extra={"result": result, "reason": reason})
         return SubmitReply(result=value, reason=reason)
 
     async def SubmitEvaluation(  # noqa: N802

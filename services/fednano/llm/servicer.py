@@ -18,9 +18,8 @@ from fednano.llm.worker import Job, Worker
 from fednano.models.frozen import FrozenLLM
 from fednano.models.language_model import NewToken, StepResult
 from fednano.wire import codec, llm_pb2, llm_pb2_grpc, torch_codec
-from fednano.wire.channels import PROTOCOL
 from fednano.wire.errors import BadTensor, InvalidRequest, Unsupported
-from fednano.wire.headers import check_header
+from fednano.wire.headers import PROTOCOL, check_header
 from fednano.wire.interceptors import Context
 from fednano.wire.tensor_pb2 import FP32, DType
 

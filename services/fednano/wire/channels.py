@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,10 +12,21 @@ from pathlib import Path
 
 import grpc
 
-from fednano.wire.errors import FedNanoError, InvalidRequest, from_rpc_error
-from fednano.wire.interceptors import Authenticate, AuthInterceptor, ErrorInterceptor
+from fednano import tracing
+from fednano.wire.errors import RETRYABLE, FedNanoError, InvalidRequest, from_rpc_error
+from fednano.wire.headers import ids_of
+from fednano.wire.interceptors import (
+    Authenticate,
+    AuthInterceptor,
+    ErrorInterceptor,
+    LogInterceptor,
+    TraceInterceptor,
+    bearer,
+)
+from fednano.wire.tensor_pb2 import Header
 
-PROTOCOL = 1
+log = logging.getLogger(__name__)
+
 # A chunk and its frame; everything larger is a stream of chunks.
 _MAX_MESSAGE = 4 << 20
 _MOST_CALLS = 4096  # at a time; each client of a coordinator may hold one open while it waits
@@ -96,8 +109,9 @@ def make_server(authenticate: Authenticate, most_calls: int = _MOST_CALLS) -> gr
 
     Beyond `most_calls` at a time callers get RESOURCE_EXHAUSTED and may try again.
     """
+    interceptors = [LogInterceptor(), ErrorInterceptor(), AuthInterceptor(authenticate)]
     return grpc.aio.server(
-        interceptors=[ErrorInterceptor(), AuthInterceptor(authenticate)],
+        interceptors=[*interceptors, TraceInterceptor()] if tracing.on() else interceptors,
         options=_SERVER,
         maximum_concurrent_rpcs=most_calls,
     )
@@ -121,3 +135,25 @@ def translated() -> Iterator[None]:
         yield
     except grpc.RpcError as error:
         raise from_rpc_error(error) from error
+
+
+@contextmanager
+def calling(method: str, header: Header, token: str) -> Iterator[tuple[tuple[str, str], ...]]:
+    """Around one try of a call with that header, up to its last reply; yields its metadata.
+
+    Raises our own errors for gRPC's.
+    """
+    started, status = time.perf_counter(), grpc.StatusCode.OK
+    about = {**ids_of(header), "rpc": method}
+    try:
+        with tracing.calling(method, ids_of(header)) as traced, translated():
+            yield (*bearer(token), *traced)
+    except FedNanoError as error:
+        status = error.status
+        # Those that are tried again are told by whoever tries.
+        level = logging.DEBUG if isinstance(error, RETRYABLE) else logging.INFO
+        log.log(level, "call failed", extra={**about, "reason": error.detail})
+        raise
+    finally:
+        seconds = round(time.perf_counter() - started, 4)
+        log.debug("call made", extra={**about, "seconds": seconds, "status": status.name})

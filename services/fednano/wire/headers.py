@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import uuid
 
-from fednano.wire.channels import PROTOCOL
+from fednano.logs import printable
 from fednano.wire.errors import InvalidRequest, Problem, UnsupportedProtocol, WrongModel
 from fednano.wire.tensor_pb2 import Header
+
+PROTOCOL = 1
 
 
 def make_header(
@@ -42,3 +44,10 @@ def check_header(header: Header, fingerprint: str | None = None) -> None:
     if fingerprint is not None and header.fingerprint != fingerprint:
         problem = Problem("header.fingerprint", fingerprint, header.fingerprint or "nothing")
         raise WrongModel(f"another model: {problem}", problem)
+
+
+def ids_of(header: Header) -> dict[str, str | int]:
+    """What a header claims, for logs and traces, bounded and printable; only what is there."""
+    texts = {"run": header.run, "client": header.client, "request_id": header.request}
+    found: dict[str, str | int] = {name: printable(text) for name, text in texts.items() if text}
+    return found | ({"round": header.round} if header.round else {})

@@ -1,10 +1,12 @@
-"""What surrounds every call of our asyncio gRPC servers: authentication, and errors to statuses."""
+"""What surrounds every call of our asyncio gRPC servers: logs, errors to statuses, authentication,
+traces."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from contextvars import ContextVar
@@ -12,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from fednano import logs, tracing
 from fednano.wire.errors import FedNanoError, Unauthenticated, to_metadata
+from fednano.wire.headers import ids_of
 from fednano.wire.sessions import Identity
 from fednano.wire.tensor_pb2 import Header
 
@@ -23,12 +27,12 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
 else:
     Handler, Context = grpc.RpcMethodHandler, grpc.aio.ServicerContext
-Around = Callable[[Any, Context], AbstractAsyncContextManager[None]]
+Around = Callable[[Any, Context], AbstractAsyncContextManager[Any]]
+"""Entered with a call's request, or iterator of requests; gives what the method gets in its place."""
 Authenticate = Callable[[str], Awaitable[Identity]]
 """From a bearer token to who it is; raises Unauthenticated."""
 
 PUBLIC_SERVICES = ("/grpc.health.v1.Health/",)
-_LONGEST = 128  # characters of a header's field in the log
 _caller: ContextVar[Identity] = ContextVar("caller")
 
 
@@ -58,12 +62,15 @@ def _surround(handler: Handler, around: Around) -> Handler:
     )
 
     async def reply(request: Any, context: Context) -> Any:
-        async with around(request, context):
-            return await inner(request, context)
+        async with around(request, context) as given:
+            return await inner(given, context)
 
     async def replies(request: Any, context: Context) -> AsyncIterator[Any]:
         # The inner generator is closed with the call, so that one who hangs up is noticed at once.
-        async with around(request, context), aclosing(inner(request, context)) as messages:
+        async with (
+            around(request, context) as given,
+            aclosing(inner(given, context)) as messages,
+        ):
             async for message in messages:
                 yield message
 
@@ -81,14 +88,66 @@ def _surround(handler: Handler, around: Around) -> Handler:
     return made
 
 
-def _about(request: Any) -> dict[str, object]:
-    """What a request's header tells, for the log; nothing of a stream of requests."""
-    header = getattr(request, "header", None)
-    if not isinstance(header, Header):
-        return {}
-    texts = {"run": header.run, "client": header.client, "request_id": header.request}
-    shown = {name: ascii(text[:_LONGEST])[1:-1] for name, text in texts.items()}
-    return {**shown, "round": header.round or None}
+class _Introduced:
+    """A stream of requests that tells of its first message, once that has been read."""
+
+    def __init__(self, requests: AsyncIterator[Any], tell: Callable[[Any], None]) -> None:
+        self._requests = requests
+        self._tell: Callable[[Any], None] | None = tell
+
+    def __aiter__(self) -> _Introduced:
+        return self
+
+    async def __anext__(self) -> Any:
+        message = await anext(self._requests)
+        if self._tell is not None:
+            self._tell(message)
+            self._tell = None
+        return message
+
+
+def _ids(message: Any) -> dict[str, str | int]:
+    """What a request tells of itself; in a stream that is the first message's head."""
+    header = getattr(getattr(message, "head", message), "header", None)
+    return ids_of(header) if isinstance(header, Header) else {}
+
+
+class LogInterceptor(grpc.aio.ServerInterceptor):
+    """Every line that is written while a call is served tells whose call it is; at its end, one at
+    DEBUG tells how it went."""
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Handler:
+        handler: Handler = await continuation(details)
+        if handler is None:
+            return handler
+        return _surround(
+            handler, lambda request, context: self._told(request, context, details.method)
+        )
+
+    @asynccontextmanager
+    async def _told(self, request: Any, context: Context, method: str) -> AsyncIterator[Any]:
+        started = time.perf_counter()
+        known: dict[str, str | int] = {"rpc": method}
+
+        def tell(message: Any) -> None:
+            ids = _ids(message)
+            logs.bind(**ids)  # of this call's own task, so there is nothing to put back
+            known.update(ids)
+
+        if hasattr(request, "__aiter__"):
+            request = _Introduced(request, tell)
+        else:
+            tell(request)
+        try:
+            yield request
+        except (asyncio.CancelledError, GeneratorExit):
+            known["status"] = grpc.StatusCode.CANCELLED.name
+            raise
+        finally:
+            # Of one who hung up another task may be cleaning up, which knows no ids.
+            status = (context.code() or grpc.StatusCode.OK).name
+            seconds = round(time.perf_counter() - started, 4)
+            log.debug("call served", extra={"seconds": seconds, "status": status, **known})
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
@@ -103,19 +162,19 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         )
 
     @asynccontextmanager
-    async def _guard(self, request: Any, context: Context, method: str) -> AsyncIterator[None]:
+    async def _guard(self, request: Any, context: Context, method: str) -> AsyncIterator[Any]:
         try:
-            yield
+            yield request
         except FedNanoError as error:
             # Whoever has no token could fill the log.
             level = logging.DEBUG if isinstance(error, Unauthenticated) else logging.INFO
-            extra = {"rpc": method, "reason": error.detail, **_about(request)}
+            extra = {"rpc": method, "reason": error.detail, **logs.bound_ids()}
             log.log(level, "request refused", extra=extra)
             await context.abort(error.status, error.detail, to_metadata(error))
         except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):
             raise
         except Exception:
-            log.exception("request failed", extra={"rpc": method, **_about(request)})
+            log.exception("request failed", extra={"rpc": method, **logs.bound_ids()})
             await context.abort(grpc.StatusCode.INTERNAL, "internal error; see the service's log")
 
 
@@ -132,13 +191,33 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         metadata = dict(details.invocation_metadata or ())
         # An unknown method is refused like a known one: no hint of what exists.
         target = handler or grpc.unary_unary_rpc_method_handler(_no_such_method)
-        return _surround(target, lambda *_: self._enter(metadata))
+        return _surround(target, lambda request, _: self._enter(request, metadata))
 
     @asynccontextmanager
-    async def _enter(self, metadata: dict[str, str | bytes]) -> AsyncIterator[None]:
+    async def _enter(self, request: Any, metadata: dict[str, str | bytes]) -> AsyncIterator[Any]:
         identity = await self._authenticate(read_bearer(metadata.get("authorization")))
         _caller.set(identity)  # of this call's own task, so there is nothing to put back
-        yield
+        yield request
+
+
+class TraceInterceptor(grpc.aio.ServerInterceptor):
+    """A span for each call. Innermost: whoever has no token must not fill the traces."""
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Handler:
+        handler: Handler = await continuation(details)
+        if handler is None:
+            return handler
+        metadata = dict(details.invocation_metadata or ())
+        return _surround(
+            handler, lambda request, _: self._traced(request, details.method, metadata)
+        )
+
+    @asynccontextmanager
+    async def _traced(
+        self, request: Any, method: str, metadata: dict[str, str | bytes]
+    ) -> AsyncIterator[Any]:
+        with tracing.serving(method, metadata, logs.bound_ids()):
+            yield request
 
 
 async def _no_such_method(_: Any, context: Context) -> Any:
