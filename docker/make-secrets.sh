@@ -18,6 +18,7 @@ missing() { [ ! -s "$directory/$1" ]; }
 if missing admin.token; then openssl rand -hex 32 | write admin.token; fi
 if missing redis.password; then openssl rand -hex 32 | write redis.password; fi
 if missing session.key; then openssl genpkey -algorithm ed25519 | write session.key; fi
+if missing grafana.password; then openssl rand -hex 32 | write grafana.password; fi
 # The other two follow from these.
 printf 'redis://:%s@redis:6379/0\n' "$(cat "$directory/redis.password")" | write redis.url
 openssl pkey -in "$directory/session.key" -pubout | write session.pub

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, cast
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 EVENTS_KEPT = 10_000
 LOOK_AGAIN_SECONDS = 1.0
 ANSWER_SECONDS = 10.0  # that Redis has for one command
+TROUBLES = ("unreachable", "read_only", "disk", "memory")
 _ARGUMENTS = 1000  # per command: Lua can't unpack any number
 
 
@@ -98,6 +100,7 @@ class Database:
     def __init__(self, url: str, clock: Callable[[], float]) -> None:
         self.clock = clock
         self.reachable_since = clock()  # before that, nobody's sign of life was recorded
+        self.errors: Counter[str] = Counter()  # by one of TROUBLES, since they were last looked at
         self.redis = _connection(url)
         self._scripts = {
             name: self.redis.register_script(getattr(scripts, name))
@@ -113,14 +116,18 @@ class Database:
             yield
         except (exceptions.ConnectionError, exceptions.TimeoutError, OSError) as error:
             self.reachable_since = self.clock()
+            self.errors["unreachable"] += 1
             log.warning("redis can't be reached", extra={"reason": type(error).__name__})
             raise Unavailable("the coordinator's store can't be reached now") from error
         except exceptions.ReadOnlyError as error:
+            self.errors["read_only"] += 1
             raise Unavailable("the coordinator's store takes no writes now") from error
         except exceptions.ResponseError as error:
             if "MISCONF" in str(error):
+                self.errors["disk"] += 1
                 raise Unavailable("the coordinator's store can't write to its disk") from error
             if "OOM" in str(error):
+                self.errors["memory"] += 1
                 raise Busy("the coordinator's store is out of memory") from error
             raise
 

@@ -65,6 +65,7 @@ class Exchange:
         self.limits = limits
         self._worker = worker
         self._metrics = metrics
+        metrics.allow(worker.limit)
         # Threads of our own: the loop's may all be taken by whoever shares the process.
         self._checkers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="check")
 

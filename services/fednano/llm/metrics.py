@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -16,10 +16,13 @@ from prometheus_client import (
     ProcessCollector,
 )
 
+from fednano.wire import llm_pb2
 from fednano.wire.errors import FedNanoError
 
 Kind = Literal["embeddings", "gradients", "logits", "adapters", "control"]
 _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_RPCS = tuple(llm_pb2.DESCRIPTOR.services_by_name["LanguageModel"].methods_by_name)
+_WATCHED = ("OK", "INTERNAL", "RESOURCE_EXHAUSTED")
 
 
 class Metrics:
@@ -60,6 +63,16 @@ class Metrics:
             ["kind", "direction"],
             registry=self.registry,
         )
+        self._begin_at_zero()
+
+    def _begin_at_zero(self) -> None:
+        """A series that is born with its first event shows Prometheus no increase."""
+        for rpc in _RPCS:
+            for status in _WATCHED:
+                self._requests.labels(rpc, status)
+        for kind in get_args(Kind):
+            for direction in ("sent", "received"):
+                self._bytes.labels(kind, direction)
 
     def describe(self, version: str, device: str, dtype: str, parameters: int) -> None:
         """Constants of this process."""
@@ -86,6 +99,13 @@ class Metrics:
             registry=self.registry,
         )
         kept.set_function(activations)
+
+    def allow(self, waiting: int) -> None:
+        """How many calls may wait before more are refused."""
+        limit = Gauge(
+            "fednano_llm_queue_limit", "Calls that may wait for the device", registry=self.registry
+        )
+        limit.set(waiting)
 
     @contextmanager
     def request(self, rpc: str) -> Iterator[None]:
