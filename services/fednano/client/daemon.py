@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from structlog.contextvars import bound_contextvars
 
@@ -42,7 +43,19 @@ class Stopped(BaseException):
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
+    """Raises Stopped, and again every second: one raised within a callback of C code is lost."""
+    signal.signal(signal.SIGALRM, lambda *_: _stop(number, None))
+    signal.setitimer(signal.ITIMER_REAL, 1)
     raise Stopped(signal.Signals(number).name)
+
+
+def _end(client: Client) -> NoReturn:
+    """Without the interpreter's own tear-down: with torch that takes seconds on a busy machine, in
+    which whoever said stop may lose patience."""
+    client.close()
+    tracing.stop()
+    logging.shutdown()
+    os._exit(0)
 
 
 @dataclass
@@ -192,7 +205,8 @@ def run(settings: ClientSettings) -> int:
         try:
             return client.run()
         except Stopped as signalled:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             log.info("stopped", extra={"signal": str(signalled)})
-            return 0
+            _end(client)
         finally:
             client.close()

@@ -227,7 +227,7 @@ async def apply_run_file(store: Store, path: Path) -> None:
         log.error("run file not applied", extra={"file": str(path), "reason": error.detail})
 
 
-async def _cancel(task: asyncio.Task[None]) -> None:
+async def _cancel(task: asyncio.Task[Any]) -> None:
     task.cancel()
     with suppress(asyncio.CancelledError):
         await task
@@ -245,16 +245,22 @@ async def serve(settings: CoordinatorSettings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
+    starting = asyncio.create_task(server.start())
+    stopped = asyncio.create_task(stopping.wait())
     try:
-        ports = await server.start()
+        await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            return await _cancel(starting)  # told to stop while it waits for Redis
+        ports = await starting
         log.info("coordinator ready", extra={"port": ports.grpc, "http_port": ports.http})
         if settings.ready_file is not None:
             announce(ports, settings.ready_file)
-        await stopping.wait()
+        await stopped
         log.info("coordinator stopping", extra={"drain_seconds": settings.drain_seconds})
     finally:
+        stopped.cancel()
         await server.stop()
-    log.info("coordinator stopped")
+        log.info("coordinator stopped")
 
 
 def announce(ports: Ports, ready_file: Path) -> None:
