@@ -80,7 +80,7 @@ test-compose: install  ## Build the images, run the compose federation, kill its
 # --- Kubernetes
 K8S_VENV := .venv-k8s
 CHECKOV_VENV := .venv-checkov
-.PHONY: test-k8s
+.PHONY: test-k8s test-cluster ci-images
 
 test-k8s: install $(K8S_VENV)/.installed $(CHECKOV_VENV)/.installed  ## Render, validate and lint k8s/ and the Dockerfile. Needs kubectl.
 	@PATH="$(CURDIR)/$(K8S_VENV)/bin:$(CURDIR)/$(CHECKOV_VENV)/bin:$$PATH" FEDNANO_REQUIRE_TOOLS=1 \
@@ -97,3 +97,14 @@ $(CHECKOV_VENV)/.installed:
 	@$(PYTHON) -m venv $(CHECKOV_VENV)
 	@$(CHECKOV_VENV)/bin/python -m pip install --quiet --disable-pip-version-check checkov==3.3.30
 	@touch $@
+
+# Images that test-cluster rolls out: one more good one, and one that ends at once.
+ci-images:
+	@$(MAKE) --no-print-directory images FEDNANO_TAG=ci
+	@for part in coordinator llm; do \
+	  printf 'FROM fednano/%s:ci\nLABEL org.fednano.next=1\n' $$part | docker build -q -t fednano/$$part:ci-next - >/dev/null; \
+	  printf 'FROM fednano/%s:ci\nCMD ["no-such-command"]\n' $$part | docker build -q -t fednano/$$part:ci-bad - >/dev/null; \
+	done
+
+test-cluster: install ci-images  ## The federation on the cluster of kubectl's context; it must see this engine's images.
+	@FEDNANO_REQUIRE_TOOLS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m cluster --timeout 1800 -v tests/deploy/test_cluster.py $(ARGS)

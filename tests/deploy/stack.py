@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ from fednano.rest_client import RestClient, RestSettings
 from fednano.wire.errors import FedNanoError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tests.deploy.runs import until
+
 ROOT = Path(__file__).resolve().parents[2]
 TAG = "test"
-_STEP = 0.1
 
 
 def engine_missing() -> str:
@@ -36,41 +36,31 @@ def engine_missing() -> str:
     return ""
 
 
-def until(found: Callable[[], Any], what: str, seconds: float) -> Any:
-    """The first true value of `found`; fails after `seconds`."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if value := found():
-            return value
-        time.sleep(_STEP)
-    raise AssertionError(f"waited {seconds:.0f} s in vain for {what}")
-
-
 class Stack:
     """One project of docker compose, and its coordinator's REST."""
 
     def __init__(self, project: str, port: int, folder: Path, *overlays: str) -> None:
         self.project, self.port = project, port
         self.secrets, self.certs = folder / "secrets", folder / "certs"
-        files = ["docker-compose.yml", *overlays]
-        self._compose = ["docker", "compose", "--project-name", project]
-        self._compose += [part for name in files for part in ("--file", str(ROOT / name))]
         self.tls = "docker-compose.tls.yml" in overlays
         self.environment = {
             **os.environ,
+            "COMPOSE_PROJECT_NAME": project,
+            "COMPOSE_FILE": ":".join(["docker-compose.yml", *overlays]),
             "FEDNANO_TAG": TAG,
             "FEDNANO_HTTP_PORT": str(port),
             "FEDNANO_SECRETS": str(self.secrets),
             "FEDNANO_CERTS": str(self.certs),
         }
         make = ["make", "--no-print-directory", "secrets", "certs"]
-        self._run([*make, f"SECRETS={self.secrets}", f"CERTS={self.certs}"])
+        self.command(*make, f"SECRETS={self.secrets}", f"CERTS={self.certs}")
 
     def compose(self, *arguments: str) -> str:
         """Standard output of `docker compose ARGUMENTS`; fails with what it said."""
-        return self._run([*self._compose, *arguments])
+        return self.command("docker", "compose", *arguments)
 
-    def _run(self, command: list[str]) -> str:
+    def command(self, *command: str) -> str:
+        """Standard output of a command that compose's user might type; fails with what it said."""
         done = subprocess.run(
             command, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False
         )
@@ -84,7 +74,7 @@ class Stack:
         return self.compose("ps", "--all", "--quiet", service).split()
 
     def inspect(self, container: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self._run(["docker", "inspect", container]))[0]
+        found: dict[str, Any] = json.loads(self.command("docker", "inspect", container))[0]
         return found
 
     def address(self, service: str) -> str:
@@ -96,9 +86,12 @@ class Stack:
 
     def logs(self, container: str) -> list[str]:
         """Its lines, without whatever compose puts around them."""
-        command = ["docker", "logs", container]
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
+            ["docker", "logs", container],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=True,
         )
         return done.stdout.splitlines()
 
@@ -115,7 +108,7 @@ class Stack:
         mine = f"label=com.docker.compose.project={self.project}"
         found = []
         for kind in (["ps", "--all"], ["volume", "ls"], ["network", "ls"]):
-            found += self._run(["docker", *kind, "--quiet", "--filter", mine]).split()
+            found += self.command("docker", *kind, "--quiet", "--filter", mine).split()
         return found
 
     # --- services

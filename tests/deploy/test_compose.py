@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import partial
-from typing import Any
 
 import httpx
 import pytest
@@ -20,20 +19,10 @@ import redis
 from fednano.coordinator import keys
 from fednano.lab.redis_server import free_port
 
-from tests.deploy.stack import ROOT, Stack, engine_missing, until
+from tests.deploy.runs import STEADY, until
+from tests.deploy.stack import ROOT, Stack, engine_missing
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
-
-ROUNDS = 10
-STEADY: dict[str, Any] = {
-    "clients": 4,
-    "min_clients": 4,
-    "rounds": ROUNDS,
-    "deterministic": True,
-    "evaluation": {"own_data": "never", "seconds": 240},
-    "data": {"limit": 150, "evaluation_limit": 32},
-}
-"""Equal runs of this give equal bytes, unless an update is lost, counted twice or torn."""
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +212,7 @@ def test_down_leaves_nothing_behind(stack: Stack) -> None:
 
 def test_a_missing_secret_stops_the_start_and_is_named(stack: Stack) -> None:
     (stack.secrets / "session.key").unlink()
-    command = ["docker", "compose", "--project-name", stack.project, "up", "--detach"]
+    command = ["docker", "compose", "up", "--detach"]
     done = subprocess.run(
         command, cwd=ROOT, env=stack.environment, capture_output=True, text=True, check=False
     )
