@@ -31,7 +31,7 @@ def configure(service: str, json: bool = False, level: str = "info") -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
-    for noisy in ("uvicorn.access", "httpx", "grpc"):
+    for noisy in ("uvicorn.access", "uvicorn.error", "httpx", "grpc"):
         logging.getLogger(noisy).setLevel("WARNING")
 
 

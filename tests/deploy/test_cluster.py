@@ -8,6 +8,7 @@ their order.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -94,22 +95,26 @@ print(*[line for line in lines if line.startswith("fednano_leader")])
 def test_scaling_the_llm_during_a_run_spreads_the_calls(
     cluster: Cluster, undisturbed: list[str], say: Callable[[str], None]
 ) -> None:
-    cluster.create("scaled", STEADY)
+    cluster.create("scaled", {**STEADY, "rounds": 24})
     cluster.trains("scaled", after=0)
     cluster.kubectl("scale", "deployment/llm", "--replicas", "3")
     until(lambda: cluster.ready("llm", 3), "three replicas", 240, 1.0)
+    ready = time.monotonic()
+    until(lambda: min(cluster.llm_calls().values()) > 0, "a call to each of them", 60, 0.5)
+    say(f"all three replicas are called {time.monotonic() - ready:.0f} s after they are ready")
     before = cluster.llm_calls()
-    assert digests(cluster.run_ends("scaled", seconds=600)) == undisturbed
+    run = cluster.run_ends("scaled", seconds=900)
     served = {name: calls - before[name] for name, calls in cluster.llm_calls().items()}
-    say(f"training steps of each replica, once three were ready: {sorted(served.values())}")
+    say(f"training steps of each from then on: {sorted(served.values())}")
+    assert digests(run)[: len(undisturbed)] == undisturbed
     assert len(served) == 3
-    assert min(served.values()) > 0.15 * sum(served.values())
+    assert min(served.values()) > 0.25 * sum(served.values())
 
 
 def test_deleting_pods_during_a_run_changes_no_byte(
     cluster: Cluster, undisturbed: list[str], say: Callable[[str], None]
 ) -> None:
-    cluster.create("deleted", {**STEADY, "rounds": 10})
+    cluster.create("deleted", STEADY)
     done = 0
     for part, count in (("llm", 3), ("coordinator", 2), ("redis", 1), ("client", 5)):
         done = cluster.trains("deleted", after=done)
