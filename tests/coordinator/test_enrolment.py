@@ -75,3 +75,30 @@ async def test_a_pause_is_not_quiet_time(federation: Federation) -> None:
     await federation.store.command(federation.name, "resume", "test")
     assert await state(federation, after=0) is RunState.ENROLLING
     assert await state(federation, after=QUIET + 1) is RunState.RUNNING
+
+
+async def test_an_evaluator_that_is_asked_for_is_waited_for_but_not_for_ever(
+    redis_server: RedisServer,
+) -> None:
+    clock = Clock()
+    store = Store.connect(redis_server.url, clock, admin_token=ADMIN)
+    await store.prepare()
+    for name, comes in (("with", True), ("without", False)):
+        wanted = config().model_copy(update={"name": name, "enrol_seconds": LATEST})
+        wanted = wanted.model_copy(
+            update={"evaluation": wanted.evaluation.model_copy(update={"evaluators": 1})}
+        )
+        federation = Federation(store, clock, wanted)
+        await federation.open()
+        for i in range(wanted.clients):
+            await federation.join(f"site-{i}")
+        assert await state(federation, after=LATEST / 2) is RunState.ENROLLING
+        if comes:
+            await federation.join("evaluator")
+        assert await state(federation, after=0) is (
+            RunState.RUNNING if comes else RunState.ENROLLING
+        )
+        assert await state(federation, after=LATEST / 2 + 1) is RunState.RUNNING
+        await store.command(name, "stop", "test")
+        await federation.rounds.store.lease.release(federation.rounds.lease)
+    await store.close()

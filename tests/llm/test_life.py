@@ -177,7 +177,7 @@ def test_a_private_key_in_the_wrong_place_is_not_repeated(tmp_path, keys):
     wrong = {"FEDNANO_LLM_SESSION_PUBLIC_KEY": keys[0].decode()}
     result = invoke("--model", tmp_path, env=wrong)
     assert result.exit_code == 2
-    assert "session_public_key: expected a public key in PEM form" in result.output
+    assert "session_public_key: expected Ed25519 public keys in PEM form" in result.output
     assert "PRIVATE" not in result.output
 
 

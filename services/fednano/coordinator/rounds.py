@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fednano.coordinator.database import Raced
-from fednano.coordinator.fields import StoredRound, StoredRun
+from fednano.coordinator.fields import StoredClient, StoredRound, StoredRun
 from fednano.coordinator.records import RoundState, RunState, StoredAdapter
 from fednano.coordinator.scores import mean_metrics, own_metrics, train_metrics
 from fednano.coordinator.store import Store
@@ -89,9 +89,12 @@ class Rounds:
 
     async def _enrol(self, run: StoredRun) -> float:
         """Members join by themselves; this closes the door behind them."""
-        if len(run.members) >= run.config.clients:
+        found = await self.store.members.all(run.name)
+        evaluators = sum(member.role == "evaluator" for member in found)
+        complete = evaluators >= run.config.evaluation.evaluators
+        if complete and len(run.members) >= run.config.clients:
             return await self._close_enrolment(run, run.members)
-        left = await self._enrolment_left(run)
+        left = self._until_quiet(run, found) if complete else run.enrol_until - self._now()
         if left > 0:
             return left
         present = await self.store.members.presence(run.name)
@@ -107,13 +110,12 @@ class Rounds:
         await self.store.run_store.advance(self.lease, run, failed)
         return 0
 
-    async def _enrolment_left(self, run: StoredRun) -> float:
+    def _until_quiet(self, run: StoredRun, found: list[StoredClient]) -> float:
         """Seconds until enrolment closes if nobody else comes."""
         now, quiet = self._now(), run.config.enrol_quiet_seconds
         left = run.enrol_until - now
         if not quiet or len(run.members) < run.config.min_clients:
             return left
-        found = await self.store.members.all(run.name)
         opened = run.enrol_until - run.config.enrol_seconds  # again, where a pause came in between
         newest = max(member.joined_at for member in found if member.id in run.members)
         return min(left, max(opened, newest) + quiet - now)

@@ -74,6 +74,7 @@ class Demo:
             "seed": self.seed,
             "strategy": {"name": self.strategy},
             "data": {"source": "digits", "partition": self.partition},
+            "evaluation": {"evaluators": 1},  # else a slow one would miss the zero-shot round
         }
         try:
             return RunConfig.model_validate(body)

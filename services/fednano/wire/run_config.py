@@ -93,6 +93,12 @@ class EvaluationConfig(_Section):
     """Who evaluates which rounds. Round 0 is the adapter before any training."""
 
     every: int = Field(1, ge=1, description="the evaluator scores every so many rounds")
+    evaluators: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="enrolment waits for so many, too, until enrol_seconds at the latest",
+    )
     own_data: Literal["never", "ends", "always"] = Field(
         "ends",
         description="clients score on their own data: in the first and last round, or in all",
