@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fednano.wire.run_config import RunConfig
+from fednano.wire.run_config import RunConfig, TrainingConfig
 from pydantic import ValidationError
 
 DIGITS = "at most 134 for data.source digits (1077 training images, at least 8 each), got 135"
@@ -45,3 +45,9 @@ def test_the_built_in_task_has_images_for_so_many_clients() -> None:
     assert RunConfig(name="trial", clients=134).clients == 134
     own = RunConfig.model_validate({"name": "trial", "clients": 135, "data": {"source": "own"}})
     assert own.clients == 135
+
+
+def test_the_factored_wire_needs_the_loss_on_the_service() -> None:
+    TrainingConfig(wire="factored")
+    with pytest.raises(ValidationError, match=r"training\.wire: expected dense where"):
+        TrainingConfig(wire="factored", loss="client")

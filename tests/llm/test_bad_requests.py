@@ -237,7 +237,6 @@ async def test_a_bad_step_is_the_callers_fault(small, engine, case):
     [
         ("embeddings.position_ids", codec.encode(np.zeros((3, 21), "<i4"))),
         ("embeddings.token_types", codec.encode(np.zeros(21, "<i4"))),
-        ("embeddings.factored", llm_pb2.FactoredForm()),
         ("want_fisher", True),
     ],
 )

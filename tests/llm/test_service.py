@@ -35,7 +35,7 @@ async def test_the_card_says_what_the_service_is(llm, engine):
     assert (card.name, card.fingerprint, card.replica) == ("small", "mark", "local")
     assert (card.hidden_size, card.vocabulary, card.dtype) == (HIDDEN, VOCABULARY, FP32)
     assert (card.limits.tokens_per_sample, card.limits.queue) == (engine.max_positions, 64)
-    assert list(card.forms) == ["dense"]
+    assert list(card.forms) == ["dense", "factored"]
     assert list(card.wire_dtypes) == [FP32, FP16, BF16, INT8]
     assert card.protocol == 1
 
@@ -186,7 +186,10 @@ async def test_each_of_many_callers_gets_its_own_rows(llm, engine):
 
 
 @pytest.mark.parametrize("rpc", ["UploadBase", "DeleteBase"])
-async def test_the_factored_wire_is_reserved(llm, rpc):
+async def test_the_factored_wire_is_offered_where_there_is_memory_for_it(start, rpc):
+    llm = await start(base_mebibytes=0)
+    card = await llm.unary("Describe", llm_pb2.DescribeRequest(header=llm.header()))
+    assert list(card.forms) == ["dense"]
     request = getattr(llm_pb2, f"{rpc}Request")
     if rpc == "DeleteBase":
         call = llm.unary(rpc, request(header=llm.header()))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
 import grpc
 import pytest
 import torch
+from fednano.llm.batcher import Batcher
 from fednano.llm.worker import Worker
 from fednano.models.frozen import FrozenLLM
-from fednano.models.language_model import NewToken, Sampling, ScoreResult, Sequences
+from fednano.models.generation import Answer, Written
+from fednano.models.language_model import Sampling, ScoreResult, Sequences
 from fednano.wire import llm_pb2
 from fednano.wire.errors import Busy, FedNanoError, Unavailable
 
@@ -25,26 +27,24 @@ PATIENCE = 20
 
 
 class GatedLLM(FrozenLLM):
-    """Waits at a gate: before each score, and before each token but the first."""
+    """Waits at a gate: before each score, and before each step of writing but the first."""
 
     def __init__(self) -> None:
         super().__init__(build(positions=2000), "mark")
         self.gate = threading.Event()
         self.scores = 0
-        self.closed = threading.Event()
+        self.begun = False
 
     def score(self, sequences: Sequences, labels: torch.Tensor) -> ScoreResult:
         self.scores += 1
         assert self.gate.wait(PATIENCE)
         return super().score(sequences, labels)
 
-    def generate(self, *arguments: Any) -> Iterator[list[NewToken]]:
-        try:
-            for tokens in super().generate(*arguments):
-                yield tokens
-                assert self.gate.wait(PATIENCE)
-        finally:
-            self.closed.set()
+    def write(self, answers: Sequence[Answer]) -> list[Written]:
+        if self.begun:
+            assert self.gate.wait(PATIENCE)
+        self.begun = True
+        return super().write(answers)
 
 
 @pytest.fixture
@@ -156,31 +156,31 @@ async def test_a_caller_who_hangs_up_mid_answer_frees_the_device(start, gated):
     await call.read()
     call.cancel()
     await until(lambda: not llm.server.worker.busy and llm.server.worker.depth == 0)
-    assert gated.closed.wait(PATIENCE)
     await llm.stream("Score", score_request(llm.header(), packed(gated), several_labels()))
 
 
-async def test_only_so_many_answers_are_written_at_once():
-    worker = Worker(limit=10, streams=1)
+async def test_only_so_many_answers_are_written_at_once(engine):
+    worker = Worker(10, Batcher(tokens=1000, answers=1))
+    sampling = Sampling(3, stop_ids=(1,))
+    written: list[int] = []
+
+    def write(answers: Sequence[Answer]) -> list[Written]:
+        written.append(len(answers))
+        return engine.write(answers)
+
+    jobs = [
+        worker.write(lambda: engine.answer(packed(engine, (5,)), sampling), write) for _ in range(2)
+    ]
+    assert worker.depth == 2
     worker.start()
-    order: list[str] = []
-
-    def write(name: str) -> Iterator[int]:
-        for i in range(3):
-            order.append(f"{name}{i}")
-            yield i
-
-    jobs = [worker.stream(lambda name=name: write(name)) for name in "ab"]
-    between = worker.submit(lambda: order.append("step"))
-    results = [[item async for item in job] for job in jobs]
-    await between.result()
-    assert results == [[0, 1, 2], [0, 1, 2]]
-    assert order == ["a0", "step", "a1", "a2", "b0", "b1", "b2"]
+    answers = [[token async for token in job] for job in jobs]
+    assert [len(answer) for answer in answers] == [3, 3]
+    assert written == [1] * 6
     await worker.close()
 
 
 async def test_what_waits_at_the_end_is_told_so():
-    worker = Worker(limit=10, streams=1)
+    worker = Worker(10, Batcher(tokens=1000, answers=1))
     job = worker.submit(lambda: 1)  # never started: nobody runs the worker
     await worker.close()
     with pytest.raises(Unavailable, match="shutting down"):

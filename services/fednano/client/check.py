@@ -155,6 +155,13 @@ class Check:
                 "one vector per token of image and text, fp32; the LLM's operator can read the text"
                 " back from them, and keeps none of it",
             ),
+            Outflow(
+                "bases",
+                vectors,
+                "sample, once",
+                "only in runs by the factored wire: vectors before any adapter, which the LLM service"
+                " keeps while the run lasts; embeddings are far smaller then",
+            ),
             Outflow("control", control, f"step of {_BATCH} samples", "where which tokens are"),
             Outflow(
                 "logits",

@@ -18,6 +18,7 @@ from fednano.client.cache import FeatureCache
 from fednano.client.coordination import CoordinatorClient, Membership
 from fednano.client.datasets import JsonlDataset
 from fednano.client.edge import EdgeHalf
+from fednano.client.factored import FactoredLanguageModel
 from fednano.client.heartbeat import Heartbeat, TaskGivenUp
 from fednano.client.meter import Meter
 from fednano.client.remote import Caller, RemoteLanguageModel
@@ -151,10 +152,11 @@ class Client:
             WIRE_DTYPES[member.config.training.wire_dtype],
             self.settings.retry_seconds,
         )
+        factored = _factored(llm, member.config)
         worker = Worker(
             self.coordinator,
             member,
-            Trainer(self._edge_half(llm), llm),
+            Trainer(self._edge_half(llm), llm, factored),
             heartbeat,
             self._own_data,
             self.settings.role == "evaluator",
@@ -167,6 +169,8 @@ class Client:
                     case "finished":
                         state = reply.finished.run_state
                         log.info("run ended", extra={"state": state})
+                        if factored is not None:
+                            factored.forget()
                         return state
                     case "train":
                         self._do(worker.train, reply.train)
@@ -185,7 +189,9 @@ class Client:
                 self._task = None
 
     def _llm_header(self, member: Membership) -> Header:
-        return self.coordinator.header(member, self._task)
+        header = self.coordinator.header(member, self._task)
+        header.alone = member.config.deterministic
+        return header
 
     def _edge_half(self, llm: RemoteLanguageModel) -> EdgeHalf:
         """Bound to this membership's LLM; images that were encoded for an earlier one are kept."""
@@ -193,6 +199,17 @@ class Client:
             record = read_record(self.settings.edge, "edge")
             self._cache = FeatureCache(record.fingerprint, self.settings.cache_dir)
         return EdgeHalf(self.settings.edge, llm, self._cache)
+
+
+def _factored(llm: RemoteLanguageModel, config: RunConfig) -> FactoredLanguageModel | None:
+    """Where the run wants the factored wire. A service that does not offer it gets the dense one:
+    the numbers are the same but for rounding, only more bytes travel."""
+    if config.training.wire != "factored":
+        return None
+    if "factored" not in llm.card.forms:
+        log.warning("the LLM service does not offer the factored wire; the dense one is used")
+        return None
+    return FactoredLanguageModel(llm)
 
 
 def run(settings: ClientSettings) -> int:

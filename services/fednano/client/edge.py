@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.functional import pad
 from transformers import AutoConfig, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
@@ -19,6 +20,7 @@ from fednano.client.batches import Batch, Prepared
 from fednano.client.cache import FeatureCache
 from fednano.client.examples import Example
 from fednano.models.checkpoint import HalfRecord, read_record
+from fednano.models.factored import Factored
 from fednano.models.language_model import IGNORED, LanguageModel, Modality, Segment
 from fednano.models.llava import LlavaFront
 from fednano.models.split import EMBEDDINGS
@@ -154,3 +156,15 @@ class NanoEdge(nn.Module):
             if len(rows):
                 hidden = hidden.index_add(0, rows, adapter(batch.base[rows]))
         return hidden
+
+    def factored(self, batch: Batch) -> Factored:
+        """The same as x + U W, with U = A x and W = s B^T: the graph ends in those two. Ranks that
+        differ are filled up with zeros."""
+        used = [(m, a, batch.rows(m)) for m, a in self.adapters.items() if len(batch.rows(m))]
+        rank = max((len(adapter.down) for _, adapter, _ in used), default=1)
+        left, right = batch.base.new_zeros(len(batch.base), rank), {}
+        for modality, adapter, rows in used:
+            missing = rank - len(adapter.down)
+            left = left.index_add(0, rows, pad(batch.base[rows] @ adapter.down.T, (0, missing)))
+            right[modality] = pad(adapter.scale * adapter.up.T, (0, 0, 0, missing))
+        return Factored(batch.base, left, right, batch.segments)

@@ -10,6 +10,7 @@ import torch
 
 from fednano.client.adapters import NanoAdapters, Tensors
 from fednano.client.batches import Batch
+from fednano.models.factored import FactoredGradient
 
 
 class FisherEstimate:
@@ -35,6 +36,29 @@ class FisherEstimate:
             name = modality.name.lower()
             self._sums[f"{name}.down"] += down.square().sum(0)
             self._sums[f"{name}.up"] += up.square().sum(0)
+        self._samples += len(batch)
+
+    @torch.no_grad()
+    def add_factored(self, batch: Batch, gradient: FactoredGradient, weights: torch.Tensor) -> None:
+        """The same from the gradient of x + U W, where g stays with the service.
+
+        B's part is the service's sum over samples of (U_i^T g_i)^2, as W = s B^T. Weights can't be
+        taken out of a sum any more, so they must weigh each sample's mean alike.
+        """
+        factors = 1 / (batch.label_counts * weights)
+        factor = float(factors.mean())
+        assert torch.allclose(factors, factors.mean(), rtol=1e-4), "samples are weighed differently"
+        own = gradient.left * factors[batch.sample_of, None]
+        for modality, adapter in self._adapters.items():
+            rows = batch.rows(modality)
+            if not len(rows):
+                continue
+            rank, name = len(adapter.down), modality.name.lower()
+            left = _by_sample(batch, rows, own)[..., :rank]
+            down = torch.einsum("btr,btd->brd", left, _by_sample(batch, rows, batch.base))
+            up = gradient.fisher[modality][:rank].T * (adapter.scale * factor) ** 2
+            self._sums[f"{name}.down"] += down.square().sum(0)
+            self._sums[f"{name}.up"] += up
         self._samples += len(batch)
 
     def mean(self) -> Tensors:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from fednano.wire.coordinator_pb2 import Costs
 
-Kind = Literal["embeddings", "gradients", "logits", "adapters", "control"]
+Kind = Literal["embeddings", "gradients", "logits", "adapters", "bases", "control"]
 Direction = Literal["sent", "received"]
 
 

@@ -60,6 +60,11 @@ class Replicas:
         with self._lock:
             return self._replicas.get(address)
 
+    def every(self) -> list[Replica]:
+        """All that are known."""
+        with self._lock:
+            return list(self._replicas.values())
+
     def failed(self) -> None:
         """A call failed: the next one looks the name up again."""
         with self._lock:

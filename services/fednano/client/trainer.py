@@ -13,9 +13,10 @@ from fednano.client.adapters import NanoAdapters, Tensors
 from fednano.client.batches import Batch
 from fednano.client.edge import EdgeHalf, NanoEdge
 from fednano.client.examples import Example
+from fednano.client.factored import FactoredLanguageModel
 from fednano.client.fisher import FisherEstimate
-from fednano.client.losses import client_side_step
-from fednano.models.language_model import LanguageModel, Modality, Sampling, StepResult
+from fednano.client.wires import Crossed, DenseWire, FactoredWire, Wire
+from fednano.models.language_model import LanguageModel, Modality, Sampling
 from fednano.wire.run_config import TrainingConfig
 
 FisherMode = Literal["none", "last-epoch", "extra-pass"]
@@ -52,6 +53,8 @@ class Trainer:
 
     edge: EdgeHalf
     llm: LanguageModel
+    factored: FactoredLanguageModel | None = None
+    """The same LLM by the factored wire, where that is used."""
 
     def train(
         self,
@@ -70,6 +73,7 @@ class Trainer:
             adapters.parameters(), settings.learning_rate, weight_decay=settings.weight_decay
         )
         nano, estimate = NanoEdge(adapters), FisherEstimate(adapters)
+        wire = self._wire(settings.loss)
         passes = settings.epochs + (fisher == "extra-pass")
         losses: list[float] = []
         examples: Sequence[Example] = ()
@@ -82,10 +86,10 @@ class Trainer:
                 progress((number + index / len(batches)) / passes)
                 batch = Batch.of([self.edge.prepare(example) for example in chosen])
                 last = number == passes - 1 and fisher != "none"
-                loss = self._step(
-                    nano, batch, optimizer if learning else None, settings, last and estimate
-                )
-                losses += loss if learning else []
+                crossed = _step(nano, batch, wire, estimate if last else None)
+                if learning:
+                    _learn(nano, crossed, optimizer, settings.max_grad_norm)
+                    losses += (crossed.loss_sums / crossed.token_counts).tolist()
         return TrainResult(
             adapter=adapters.to_tensors(),
             fisher=estimate.mean() if fisher != "none" else {},
@@ -94,36 +98,8 @@ class Trainer:
             seconds=time.perf_counter() - start,
         )
 
-    def _step(
-        self,
-        nano: NanoEdge,
-        batch: Batch,
-        optimizer: torch.optim.Optimizer | None,
-        settings: TrainingConfig,
-        estimate: FisherEstimate | Literal[False],
-    ) -> list[float]:
-        """One split step; returns each sample's mean loss over its labelled tokens."""
-        hidden = nano(batch)  # [tokens, hidden], adapters applied
-        weights = 1 / (batch.label_counts * len(batch))  # the batch's loss is a mean of means
-        reply = self._loss_and_gradient(batch, hidden.detach(), weights, settings.loss)
-        if estimate:
-            estimate.add(batch, reply.gradient, weights)
-        if optimizer is not None:
-            optimizer.zero_grad()
-            hidden.backward(reply.gradient)
-            if settings.max_grad_norm:
-                torch.nn.utils.clip_grad_norm_(nano.parameters(), settings.max_grad_norm)
-            optimizer.step()
-        means: list[float] = (reply.loss_sums / reply.token_counts).tolist()
-        return means
-
-    def _loss_and_gradient(
-        self, batch: Batch, hidden: torch.Tensor, weights: torch.Tensor, side: str
-    ) -> StepResult:
-        sequences = batch.sequences(hidden)
-        if side == "client":
-            return client_side_step(self.llm, sequences, batch.labels, weights)
-        return self.llm.step(sequences, batch.labels, weights)
+    def _wire(self, loss: str = "server") -> Wire:
+        return FactoredWire(self.factored) if self.factored else DenseWire(self.llm, loss)
 
     @torch.no_grad()
     def evaluate(
@@ -146,7 +122,7 @@ class Trainer:
         for index, chosen in enumerate(batches := _batches(examples, batch_size)):
             progress(index / len(batches))
             scored = Batch.of([self.edge.prepare(example) for example in chosen])
-            score = self.llm.score(scored.sequences(nano(scored)), scored.labels)
+            score = self._wire().score(nano, scored)
             losses += (score.loss_sums / score.token_counts).tolist()
             written = score.token_counts <= max_new_tokens
             sure = ((score.correct_counts == score.token_counts) & written).tolist()
@@ -179,10 +155,27 @@ class Trainer:
         """(sample, token) as the LLM produces them."""
         batch = Batch.of([self.edge.prepare(e, with_answer=False) for e in examples])
         text = adapters.of(Modality.TEXT)
-        sequences = batch.sequences(NanoEdge(adapters)(batch))
-        for tokens in self.llm.generate(sequences, sampling, text.low_rank() if text else None):
+        low_rank = text.low_rank() if text else None
+        for tokens in self._wire().generate(NanoEdge(adapters), batch, sampling, low_rank):
             for token in tokens:
                 yield token.sample, token.id
+
+
+def _step(nano: NanoEdge, batch: Batch, wire: Wire, estimate: FisherEstimate | None) -> Crossed:
+    """Across the cut and back; the batch's loss is a mean of its samples' means."""
+    weights = 1 / (batch.label_counts * len(batch))
+    return wire.step(nano, batch, weights, estimate)
+
+
+def _learn(
+    nano: NanoEdge, crossed: Crossed, optimizer: torch.optim.Optimizer, max_grad_norm: float
+) -> None:
+    """From the cut into the adapters, and a step of the optimiser."""
+    optimizer.zero_grad()
+    crossed.backward()
+    if max_grad_norm:
+        torch.nn.utils.clip_grad_norm_(nano.parameters(), max_grad_norm)
+    optimizer.step()
 
 
 def _batches(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:

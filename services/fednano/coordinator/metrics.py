@@ -15,7 +15,7 @@ from fednano.coordinator.store_members import Spent
 
 _SECONDS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600, 14400)
 RESULTS = ("accepted", "duplicate", "late", "refused")
-KINDS = ("embeddings", "gradients", "logits", "adapters", "control", "other")
+KINDS = ("embeddings", "gradients", "logits", "adapters", "bases", "control", "other")
 
 
 class Metrics:

@@ -27,6 +27,7 @@ def llm(
     tensor_parallel: Annotated[bool | None, _option("tensor_parallel")] = None,
     threads: Annotated[int | None, _option("threads")] = None,
     queue: Annotated[int | None, _option("queue")] = None,
+    batch_tokens: Annotated[int | None, _option("batch_tokens")] = None,
     generations: Annotated[int | None, _option("generations")] = None,
     tokens_per_sample: Annotated[int | None, _option("tokens_per_sample")] = None,
     tokens_per_request: Annotated[int | None, _option("tokens_per_request")] = None,
@@ -35,6 +36,10 @@ def llm(
     new_tokens: Annotated[int | None, _option("new_tokens")] = None,
     activation_seconds: Annotated[float | None, _option("activation_seconds")] = None,
     activation_tokens: Annotated[int | None, _option("activation_tokens")] = None,
+    base_mebibytes: Annotated[int | None, _option("base_mebibytes")] = None,
+    base_directory: Annotated[Path | None, _option("base_directory")] = None,
+    base_disk_mebibytes: Annotated[int | None, _option("base_disk_mebibytes")] = None,
+    base_seconds: Annotated[float | None, _option("base_seconds")] = None,
     drain_seconds: Annotated[float | None, _option("drain_seconds")] = None,
     session_public_key_file: Annotated[
         Path | None,

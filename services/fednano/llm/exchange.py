@@ -7,21 +7,31 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from google.protobuf.message import Message
 
+from fednano.llm.bases import Owner
+from fednano.llm.batches import out_of_memory
 from fednano.llm.incoming import Incoming
+from fednano.llm.jobs import Job, Sender
+from fednano.llm.jobs import Kind as Priority
+from fednano.llm.joining import Work
 from fednano.llm.metrics import Kind, Metrics
-from fednano.llm.requests import Announced, Limits
-from fednano.llm.worker import Job, Worker
-from fednano.models.language_model import Sequences
+from fednano.llm.requests import Announced, Limits, Received
+from fednano.llm.worker import Worker
+from fednano.models.generation import Answer, Write
+from fednano.models.language_model import NewToken
 from fednano.wire import codec, torch_codec
 from fednano.wire.errors import Busy, PermissionDenied, Problem
 from fednano.wire.headers import check_header
 from fednano.wire.interceptors import Context, caller
+from fednano.wire.sessions import Identity
 from fednano.wire.tensor_pb2 import DType, Header, TensorSpec
+
+if TYPE_CHECKING:
+    from fednano.llm.factored import Factors
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -57,6 +67,11 @@ def authorise(header: Header) -> None:
             raise PermissionDenied(str(problem), problem)
 
 
+def owner_of(identity: Identity) -> Owner:
+    """Of bases: a client's in one run are not its own in another, nor those outside of any."""
+    return identity.run, identity.name
+
+
 class Exchange:
     """Shared by all calls of a service; holds nothing of any of them."""
 
@@ -67,19 +82,27 @@ class Exchange:
         self._metrics = metrics
         metrics.allow(worker.limit)
         # Threads of our own: the loop's may all be taken by whoever shares the process.
-        self._checkers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="check")
+        self.checkers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="check")
 
     def close(self) -> None:
-        self._checkers.shutdown()
+        self.checkers.shutdown()
 
     def admit(self, header: Header) -> None:
         """May this caller compute, with this model, now?
 
-        Raises PermissionDenied, what check_header raises, or Busy.
+        Raises what `owner` raises, or Busy.
+        """
+        self.owner(header)
+        self._worker.check_room()
+
+    def owner(self, header: Header) -> Owner:
+        """Whose bases this caller may use: the token says so, not the header.
+
+        Raises PermissionDenied, or what check_header raises.
         """
         authorise(header)
         check_header(header, self._fingerprint)
-        self._worker.check_room()
+        return owner_of(caller())
 
     async def head(self, incoming: Incoming) -> Any:
         """A stream's first message, admitted."""
@@ -97,28 +120,46 @@ class Exchange:
             self._metrics.received(kind, len(buffer))
         return buffers
 
-    async def sequences(self, incoming: Incoming, embeddings: Announced) -> Sequences:
+    async def received(self, incoming: Incoming, embeddings: Announced | Factors) -> Received:
         """The announced embeddings, checked off the event loop."""
-        (data,) = await self.payload(incoming, [embeddings.spec], ["embeddings"])
-        return await self.checked(embeddings.sequences, data)
+        kinds: list[Kind] = ["embeddings"] * len(embeddings.specs)
+        data = await self.payload(incoming, embeddings.specs, kinds)
+        return await self.checked(embeddings.read, data)
 
     async def checked(self, read: Callable[[D], T], data: D) -> T:
         """`read(data)` off the event loop."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._checkers, read, data)
+        return await loop.run_in_executor(self.checkers, read, data)
 
-    async def compute(self, rpc: str, work: Callable[[], T]) -> tuple[T, Job[T]]:
+    async def compute(
+        self, rpc: str, work: Callable[[], T], header: Header, tokens: int
+    ) -> tuple[T, Job[T]]:
         """What `work` returns, once it was its turn on the device."""
-        job = self._worker.submit(work)
+        job = self._worker.submit(work, Sender.of(header), tokens=tokens)
         with self.on_device(rpc, job):
             return await job.result(), job
 
-    def stream(self, context: Context, work: Callable[[], Iterator[T]]) -> Job[T]:
-        """`work` in turns; to be used within `on_device`.
+    async def joined(
+        self,
+        rpc: str,
+        work: Work[T],
+        header: Header,
+        finish: Callable[[T], D],
+        priority: Priority = "train",
+    ) -> tuple[D, Job[T]]:
+        """What `finish` makes of the result, off the device: there the next batch runs meanwhile."""
+        job = self._worker.join(work, Sender.of(header), priority)
+        with self.on_device(rpc, job):
+            return await self.checked(finish, await job.result()), job
+
+    def stream(
+        self, context: Context, begin: Callable[[], Answer], write: Write, header: Header
+    ) -> Job[list[NewToken]]:
+        """An answer in turns; to be used within `on_device`.
 
         A caller who hangs up frees the device, even while a reply is on its way.
         """
-        job = self._worker.stream(work)
+        job = self._worker.write(begin, write, Sender.of(header))
 
         def gone(_: Any) -> None:
             self._worker.leave(job)
@@ -131,7 +172,9 @@ class Exchange:
         """Frees the device whatever becomes of the caller."""
         try:
             yield
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
             raise Busy("the device has no memory for this; send less, or try later") from error
         finally:
             self._worker.leave(job)
@@ -143,7 +186,7 @@ class Exchange:
         self._metrics.sent("control", reply.ByteSize())
         return reply
 
-    def chunks(self, kind: Kind, body: Packed) -> Iterator[bytes]:
-        for chunk in codec.chunked([body.data]):
+    def chunks(self, kind: Kind, *bodies: Packed) -> Iterator[bytes]:
+        for chunk in codec.chunked([body.data for body in bodies]):
             self._metrics.sent(kind, len(chunk))
             yield chunk

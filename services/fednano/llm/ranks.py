@@ -13,7 +13,7 @@ import logging
 import signal
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import timedelta
@@ -27,10 +27,10 @@ from transformers import PreTrainedModel
 from fednano.llm.worker import Worker
 from fednano.models.activations import Activation, Activations
 from fednano.models.frozen import FrozenLLM
+from fednano.models.generation import Answer, Written
 from fednano.models.language_model import (
     ForwardResult,
     LowRank,
-    NewToken,
     Sampling,
     ScoreResult,
     Sequences,
@@ -46,7 +46,7 @@ _PATIENCE = timedelta(minutes=10)
 """How long a rank waits for another's word; an idle first rank speaks every BEAT_SECONDS."""
 
 Verb = Literal[
-    "embed", "step", "score", "forward", "activate", "descend", "generate", "turn", "rest", "end"
+    "embed", "step", "score", "forward", "activate", "descend", "answer", "write", "rest", "end"
 ]
 
 
@@ -57,6 +57,7 @@ class Order:
     verb: Verb
     given: tuple[Any, ...] = ()
     number: int = 0  # of what is made, or used
+    numbers: tuple[int, ...] = ()  # where it is several
     forget: tuple[int, ...] = ()  # numbers that are not needed any more
 
 
@@ -146,6 +147,7 @@ class LeadingLLM(FrozenLLM):
         self._ranks = ranks if ranks is not None else Ranks()
         self._numbers = count(1)
         self._forgotten: deque[int] = deque()  # filled by any thread
+        self._answers: weakref.WeakKeyDictionary[Answer, int] = weakref.WeakKeyDictionary()
         self.lost: Exception | None = None
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
@@ -173,8 +175,7 @@ class LeadingLLM(FrozenLLM):
         with self._together("activate", sequences, positions, number=number):
             made = super().activate(sequences, positions)
         shared = _Shared(made.values, made.logits, number)
-        # Time, room or use may end it, here alone: the others follow.
-        weakref.finalize(shared, self._forgotten.append, number).atexit = False
+        self._forget_with(shared, number)
         return shared
 
     def descend(self, activation: Activation, logits_gradient: torch.Tensor) -> torch.Tensor:
@@ -182,18 +183,21 @@ class LeadingLLM(FrozenLLM):
         with self._together("descend", logits_gradient, number=activation.number):
             return super().descend(activation, logits_gradient)
 
-    def generate(
+    def answer(
         self, sequences: Sequences, sampling: Sampling, text_adapter: LowRank | None = None
-    ) -> Iterator[list[NewToken]]:
-        """Other computations may come between two tokens, and the caller may leave after any."""
+    ) -> Answer:
         number = next(self._numbers)
-        with self._together("generate", sequences, sampling, text_adapter, number=number):
-            writing = super().generate(sequences, sampling, text_adapter)
-        try:
-            while (tokens := self._turn(writing, number)) is not None:
-                yield tokens
-        finally:
-            self._forgotten.append(number)
+        with self._together("answer", sequences, sampling, text_adapter, number=number):
+            made = super().answer(sequences, sampling, text_adapter)
+        self._answers[made] = number
+        self._forget_with(made, number)
+        return made
+
+    def write(self, answers: Sequence[Answer]) -> list[Written]:
+        """Other computations may come between two tokens, and a caller may leave after any."""
+        numbers = tuple(self._answers[answer] for answer in answers)
+        with self._together("write", numbers=numbers):
+            return super().write(answers)
 
     def rest(self) -> None:
         """Computes nothing; frees what is forgotten, and fails where a rank is gone."""
@@ -208,17 +212,19 @@ class LeadingLLM(FrozenLLM):
             raise FedNanoError(f"a rank of this service was lost: {self.lost}")
         dist.destroy_process_group()
 
-    def _turn(self, writing: Iterator[list[NewToken]], number: int) -> list[NewToken] | None:
-        with self._together("turn", number=number):
-            return next(writing, None)
+    def _forget_with(self, made: object, number: int) -> None:
+        """Time, room or use may end it, here alone: the others follow."""
+        weakref.finalize(made, self._forgotten.append, number).atexit = False
 
     @contextmanager
-    def _together(self, verb: Verb, *given: Any, number: int = 0) -> Iterator[None]:
+    def _together(
+        self, verb: Verb, *given: Any, number: int = 0, numbers: tuple[int, ...] = ()
+    ) -> Iterator[None]:
         """The same on every rank. Raises Unavailable where that is no longer possible."""
         if self.lost is not None:
             raise Unavailable("a rank of this service was lost; it is ending")
         try:
-            self._ranks.tell(Order(verb, given, number, self._take_forgotten()))
+            self._ranks.tell(Order(verb, given, number, numbers, self._take_forgotten()))
             yield
         except Exception as error:
             self.lost = error
@@ -240,12 +246,12 @@ class Follower:
         """The result is the first rank's to hand on."""
         for number in order.forget:
             self.held.pop(number, None)
-        if order.verb in ("activate", "generate"):
+        if order.verb in ("activate", "answer"):
             self.held[order.number] = getattr(self._engine, order.verb)(*order.given)
         elif order.verb == "descend":
             self._engine.descend(self.held[order.number], *order.given)
-        elif order.verb == "turn":
-            next(self.held[order.number], None)
+        elif order.verb == "write":
+            self._engine.write([self.held[number] for number in order.numbers])
         elif order.verb not in ("rest", "end"):
             getattr(self._engine, order.verb)(*order.given)
 

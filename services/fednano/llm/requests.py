@@ -9,11 +9,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fednano.models.factored import Factored
 from fednano.models.language_model import (
     IGNORED,
     LowRank,
@@ -25,6 +27,9 @@ from fednano.models.language_model import (
 from fednano.wire import codec, llm_pb2, torch_codec
 from fednano.wire.errors import BadTensor, InvalidRequest, Unsupported
 from fednano.wire.tensor_pb2 import BF16, FP32, INT8, DType, Tensor, TensorSpec
+
+if TYPE_CHECKING:
+    from fednano.llm.factored import Factors
 
 Integers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
@@ -46,21 +51,49 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Announced:
-    """Embeddings whose values follow in chunks."""
+class Received:
+    """Embeddings, whole."""
 
-    spec: TensorSpec
+    sequences: Sequences
+    factored: Factored | None = None
+    """What the sequences were made of, and what their gradient goes back to."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tokens embeddings consist of, in whatever form they come."""
+
     segments: tuple[tuple[Segment, ...], ...]
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample."""
+        return [sum(s.length for s in sample) for sample in self.segments]
+
+    @property
     def tokens(self) -> int:
-        return int(self.spec.shape[0])
+        return sum(self.lengths)
 
     @property
     def starts(self) -> list[int]:
         """Each sample's first token, as an index into the packed tokens."""
-        lengths = [sum(s.length for s in sample) for sample in self.segments]
-        return [0, *accumulate(lengths)][:-1]
+        return [0, *accumulate(self.lengths)][:-1]
+
+
+@dataclass(frozen=True)
+class Announced(Layout):
+    """Embeddings whose values follow in chunks."""
+
+    spec: TensorSpec
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """In the order in which their bytes come."""
+        return [self.spec]
+
+    def read(self, data: Sequence[memoryview]) -> Received:
+        """The whole, from the buffers of `specs`. Raises BadTensor."""
+        return Received(self.sequences(data[0]))
 
     def sequences(self, data: memoryview) -> Sequences:
         """The whole, once the bytes have come. Raises BadTensor for NaN and infinity."""
@@ -68,8 +101,17 @@ class Announced:
 
 
 def announced(message: llm_pb2.Embeddings, limits: Limits) -> Announced:
-    """The first message's half of the embeddings."""
-    _only_dense(message)
+    """The first message's half of the embeddings, which must be dense."""
+    if message.WhichOneof("form") == "factored":
+        raise Unsupported("the factored form is not offered here; send the dense form")
+    found, spec = layout(message, limits), message.dense.values
+    check_spec("embeddings", spec, (found.tokens, limits.hidden))
+    return Announced(found.segments, spec)
+
+
+def layout(message: llm_pb2.Embeddings, limits: Limits) -> Layout:
+    """The samples and their segments."""
+    _check_form(message)
     if not 1 <= len(message.samples) <= limits.samples_per_request:
         raise InvalidRequest.of(
             "embeddings.samples", f"1 to {limits.samples_per_request}", len(message.samples)
@@ -86,16 +128,11 @@ def announced(message: llm_pb2.Embeddings, limits: Limits) -> Announced:
             f"at most {limits.tokens_per_request} tokens with all samples padded to the longest",
             f"{len(lengths)} samples of up to {max(lengths)} tokens",
         )
-    spec = message.dense.values
-    check_spec("embeddings", spec, (sum(lengths), limits.hidden))
-    return Announced(spec, segments)
+    return Layout(segments)
 
 
-def _only_dense(message: llm_pb2.Embeddings) -> None:
-    form = message.WhichOneof("form")
-    if form == "factored":
-        raise Unsupported("the factored form is not offered by this service; send the dense form")
-    if form is None:
+def _check_form(message: llm_pb2.Embeddings) -> None:
+    if message.WhichOneof("form") is None:
         raise InvalidRequest.of("embeddings.form", "dense", "nothing")
     for field in ("position_ids", "token_types"):
         if message.HasField(field):
@@ -156,7 +193,7 @@ def logits_gradient(head: llm_pb2.BackwardHead, limits: Limits) -> LogitsGradien
     return LogitsGradient(spec, embeddings, places)
 
 
-def labels(message: Tensor, embeddings: Announced, limits: Limits) -> torch.Tensor:
+def labels(message: Tensor, embeddings: Layout, limits: Limits) -> torch.Tensor:
     """[tokens] int64; somewhere there is something to predict."""
     values = integers("labels", message, embeddings.tokens)
     bad = (values != IGNORED) & ((values < 0) | (values >= limits.vocabulary))
@@ -225,28 +262,27 @@ def sampling(message: llm_pb2.Sampling, limits: Limits) -> Sampling:
 class Prompt:
     """What Generate starts from: embeddings and, where there is one, the text adapter."""
 
-    embeddings: Announced
+    embeddings: Announced | Factors
     adapter: llm_pb2.LowRank | None
 
     @property
     def specs(self) -> list[TensorSpec]:
         """In the order in which their bytes come."""
         more = [self.adapter.down, self.adapter.up] if self.adapter else []
-        return [self.embeddings.spec, *more]
+        return [*self.embeddings.specs, *more]
 
     def read(self, data: Sequence[memoryview]) -> tuple[Sequences, LowRank | None]:
         """Raises BadTensor."""
-        sequences = self.embeddings.sequences(data[0])
+        sequences = self.embeddings.read(data).sequences
         if self.adapter is None:
             return sequences, None
-        down = floats("text_adapter.down", self.adapter.down, data[1])
-        up = floats("text_adapter.up", self.adapter.up, data[2])
+        down = floats("text_adapter.down", self.adapter.down, data[-2])
+        up = floats("text_adapter.up", self.adapter.up, data[-1])
         return sequences, LowRank(down, up, self.adapter.scale)
 
 
-def prompt(head: llm_pb2.GenerateHead, limits: Limits) -> Prompt:
+def prompt(head: llm_pb2.GenerateHead, embeddings: Announced | Factors, limits: Limits) -> Prompt:
     """The first message of Generate; the adapter is A [rank, hidden], B [hidden, rank]."""
-    embeddings = announced(head.embeddings, limits)
     if not head.HasField("text_adapter"):
         return Prompt(embeddings, None)
     adapter = head.text_adapter

@@ -22,12 +22,16 @@ from prometheus_client import start_http_server
 from transformers.utils.logging import disable_progress_bar
 
 from fednano import __version__, logs
+from fednano.llm.base_files import BaseFiles
+from fednano.llm.bases import BaseStore
+from fednano.llm.batcher import Batcher
 from fednano.llm.exchange import Exchange
 from fednano.llm.metrics import Metrics
 from fednano.llm.ranks import LeadingLLM, follow, kept_together
 from fednano.llm.requests import Limits
 from fednano.llm.servicer import LanguageModelServicer
 from fednano.llm.settings import LlmSettings
+from fednano.llm.uploads import Uploads
 from fednano.llm.worker import Worker
 from fednano.models.activations import Activations
 from fednano.models.frozen import FrozenLLM
@@ -63,19 +67,26 @@ class LlmServer:
         self._engine = engine
         self._replica = replica
         self._metrics = Metrics()
-        self._worker = Worker(settings.queue, settings.generations)
+        batcher = Batcher(batch_tokens(settings, engine), settings.generations)
+        self._worker = Worker(settings.queue, batcher, self._metrics.batch)
         self._exchange = Exchange(
             engine.fingerprint, limits_of(settings, engine), self._worker, self._metrics
         )
+        self._bases = bases_of(settings, self._metrics)
         self._verifier = settings.verifier()
         self._health = health.aio.HealthServicer()
         self._server = make_server(self._authenticate)
         self._metrics_server: tuple[Any, Thread] | None = None
         self._sweeper: asyncio.Task[None] | None = None
+        self._uploads: Uploads | None = None
 
     @property
     def worker(self) -> Worker:
         return self._worker
+
+    @property
+    def metrics(self) -> Metrics:
+        return self._metrics
 
     async def start(self) -> Ports:
         """Binds both listeners. Raises what check_listeners raises."""
@@ -104,6 +115,8 @@ class LlmServer:
         self._exchange.close()
         if self._sweeper is not None:
             self._sweeper.cancel()
+        if self._bases is not None:
+            await asyncio.to_thread(self._bases.close)
         if self._metrics_server is not None:
             await asyncio.to_thread(_close, *self._metrics_server)
 
@@ -119,8 +132,9 @@ class LlmServer:
     def _register(self) -> None:
         engine, metrics = self._engine, self._metrics
         servicer = LanguageModelServicer(
-            engine, self._worker, self._exchange, metrics, self._replica
+            engine, self._worker, self._exchange, metrics, self._replica, self._bases
         )
+        self._uploads = servicer.uploads
         llm_pb2_grpc.add_LanguageModelServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
@@ -152,10 +166,14 @@ class LlmServer:
         return self._verifier.verify(token)
 
     async def _sweep(self) -> None:
-        """Frees activations that nobody came back for."""
+        """Frees activations and bases that nobody came back for."""
+        seconds = self._settings.base_seconds
         while True:
-            await asyncio.sleep(self._settings.activation_seconds / 2)
+            await asyncio.sleep(min(self._settings.activation_seconds, seconds) / 2)
             self._engine.activations.expire()
+            if self._bases is not None and self._uploads is not None:
+                await asyncio.to_thread(self._bases.expire)
+                self._uploads.expire(seconds)
 
 
 def check_listeners(settings: LlmSettings) -> None:
@@ -164,6 +182,27 @@ def check_listeners(settings: LlmSettings) -> None:
     check_exposure("host", settings.host, tls, settings.insecure)
     if settings.metrics_port >= 0:
         check_exposure("metrics_host", settings.metrics_host, tls, settings.insecure)
+
+
+def batch_tokens(settings: LlmSettings, engine: FrozenLLM) -> int:
+    """Enough to keep the device busy; what lies beyond only makes others wait."""
+    if settings.batch_tokens >= 0:
+        return settings.batch_tokens
+    return 1024 if engine.device.type == "cpu" else 8192
+
+
+def bases_of(settings: LlmSettings, metrics: Metrics) -> BaseStore | None:
+    """None where the factored wire is not offered. Raises InvalidRequest for a directory that can't
+    be used."""
+    if not settings.base_mebibytes:
+        return None
+    files = None
+    if settings.base_directory is not None:
+        files = BaseFiles(settings.base_directory, settings.base_disk_mebibytes << 20)
+    memory = settings.base_mebibytes << 20
+    store = BaseStore(memory, settings.base_seconds, files, looked_up=metrics.looked_up)
+    metrics.hold(store)
+    return store
 
 
 def limits_of(settings: LlmSettings, engine: FrozenLLM) -> Limits:

@@ -5,23 +5,36 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from fednano import __version__
-from fednano.llm import requests
-from fednano.llm.exchange import Exchange, Packed, authorise
+from fednano.llm import factored, requests
+from fednano.llm.bases import BaseStore
+from fednano.llm.exchange import Exchange, Packed, authorise, owner_of
+from fednano.llm.factored import Factors, PackedGradient, packed, packed_gradient
 from fednano.llm.incoming import Incoming
+from fednano.llm.jobs import Job
+from fednano.llm.joining import Logits, Scores, Steps
 from fednano.llm.metrics import Kind, Metrics
-from fednano.llm.worker import Job, Worker
+from fednano.llm.requests import Announced
+from fednano.llm.uploads import Uploads
+from fednano.llm.worker import Worker
 from fednano.models.frozen import FrozenLLM
-from fednano.models.language_model import NewToken, StepResult
+from fednano.models.language_model import (
+    ForwardResult,
+    NewToken,
+    ScoreResult,
+    Sequences,
+    StepResult,
+)
 from fednano.wire import codec, llm_pb2, llm_pb2_grpc, torch_codec
-from fednano.wire.errors import BadTensor, InvalidRequest, Unsupported
+from fednano.wire.errors import InvalidRequest, Unsupported
 from fednano.wire.headers import PROTOCOL, check_header
-from fednano.wire.interceptors import Context
-from fednano.wire.tensor_pb2 import FP32, DType
+from fednano.wire.interceptors import Context, caller
+from fednano.wire.tensor_pb2 import FP32
 
 _NO_BASES = "the factored wire is not offered by this service; send dense embeddings"
 
@@ -30,14 +43,25 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
     """Holds no model logic, as the engine holds no gRPC."""
 
     def __init__(
-        self, engine: FrozenLLM, worker: Worker, exchange: Exchange, metrics: Metrics, replica: str
+        self,
+        engine: FrozenLLM,
+        worker: Worker,
+        exchange: Exchange,
+        metrics: Metrics,
+        replica: str,
+        bases: BaseStore | None = None,
     ) -> None:
+        """Without `bases` the factored form is not offered."""
         self._engine = engine
         self._worker = worker
         self._exchange = exchange
         self._limits = exchange.limits
         self._metrics = metrics
         self._replica = replica
+        self._bases = bases
+        self.uploads: Uploads | None = None
+        if bases is not None:
+            self.uploads = Uploads(bases, engine.fingerprint, self._limits, exchange.checkers)
 
     async def Describe(
         self, request: llm_pb2.DescribeRequest, context: Context
@@ -57,7 +81,10 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
             ids = requests.ids(request.ids, self._limits)
             dtype = requests.reply_dtype("dtype", request.dtype)
             body, _ = await self._exchange.compute(
-                "Embed", lambda: Packed.of("values", self._engine.embed(ids), dtype)
+                "Embed",
+                lambda: Packed.of("values", self._engine.embed(ids), dtype),
+                request.header,
+                len(ids),
             )
             self._metrics.tokens("Embed", len(ids))
             yield self._exchange.counted(llm_pb2.EmbedReply(values=body.spec))
@@ -72,10 +99,8 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
             head: llm_pb2.ForwardHead = await self._exchange.head(incoming)
             embeddings = requests.announced(head.embeddings, self._limits)
             positions = requests.positions(head.positions, embeddings.tokens, self._limits)
-            sequences = await self._exchange.sequences(incoming, embeddings)
-            found, _ = await self._exchange.compute(
-                "Forward", lambda: self._engine.forward(sequences, positions, head.keep)
-            )
+            sequences = (await self._exchange.received(incoming, embeddings)).sequences
+            found = await self._forwarded(head, sequences, positions)
             self._metrics.tokens("Forward", embeddings.tokens)
             body = Packed.of("logits", found.logits, FP32)
             result = llm_pb2.ForwardResult(activation=found.activation, logits=body.spec)
@@ -96,9 +121,11 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
             def backward() -> Packed:
                 above, sequences = asked.read(data)
                 found = self._engine.backward(head.activation, above, sequences, asked.positions)
-                return _packed_gradient(found, dtype)
+                return packed("gradient", found, dtype)
 
-            body, _ = await self._exchange.compute("Backward", backward)
+            body, _ = await self._exchange.compute(
+                "Backward", backward, head.header, asked.spec.shape[0]
+            )
             self._metrics.tokens("Backward", body.spec.shape[0])
             dense = llm_pb2.DenseForm(values=body.spec)
             reply = llm_pb2.BackwardReply(gradient=llm_pb2.Gradient(dense=dense))
@@ -112,29 +139,31 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
         with self._metrics.request("ForwardBackward"):
             incoming = Incoming(request_iterator)
             head: llm_pb2.ForwardBackwardHead = await self._exchange.head(incoming)
-            if head.want_fisher:
+            if head.want_fisher and not head.embeddings.HasField("factored"):
                 raise Unsupported("want_fisher belongs to the factored form; leave it out")
-            embeddings = requests.announced(head.embeddings, self._limits)
+            embeddings = await self._announced(head.embeddings)
             labels = requests.labels(head.labels, embeddings, self._limits)
             weights = requests.weights(head.weights, len(embeddings.segments))
             dtype = requests.reply_dtype("gradient_dtype", head.gradient_dtype)
-            sequences = await self._exchange.sequences(incoming, embeddings)
+            received = await self._exchange.received(incoming, embeddings)
 
-            def step() -> tuple[StepResult, Packed]:
-                found = self._engine.step(sequences, labels, weights)
+            def finish(found: StepResult) -> tuple[StepResult, PackedGradient]:
                 _check_losses(found.loss_sums)
-                return found, _packed_gradient(found.gradient, dtype)
+                return found, packed_gradient(received, found.gradient, dtype, head.want_fisher)
 
-            (found, body), job = await self._exchange.compute("ForwardBackward", step)
+            work = Steps(self._engine.step, received.sequences, labels, weights)
+            (found, (gradient, bodies)), job = await self._exchange.joined(
+                "ForwardBackward", work, head.header, finish
+            )
             self._metrics.tokens("ForwardBackward", embeddings.tokens)
             result = llm_pb2.ForwardBackwardResult(
-                loss_sums=codec.encode(found.loss_sums.numpy()),
-                token_counts=codec.encode(found.token_counts.numpy()),
-                gradient=llm_pb2.Gradient(dense=llm_pb2.DenseForm(values=body.spec)),
+                loss_sums=codec.encode(found.loss_sums.cpu().numpy()),
+                token_counts=codec.encode(found.token_counts.cpu().numpy()),
+                gradient=gradient,
                 spent=_spent(job),
             )
             yield self._exchange.counted(llm_pb2.ForwardBackwardReply(result=result))
-            for chunk in self._exchange.chunks("gradients", body):
+            for chunk in self._exchange.chunks("gradients", *bodies):
                 yield llm_pb2.ForwardBackwardReply(chunk=chunk)
 
     async def Score(
@@ -143,18 +172,21 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
         with self._metrics.request("Score"):
             incoming = Incoming(request_iterator)
             head: llm_pb2.ScoreHead = await self._exchange.head(incoming)
-            embeddings = requests.announced(head.embeddings, self._limits)
+            embeddings = await self._announced(head.embeddings)
             labels = requests.labels(head.labels, embeddings, self._limits)
-            sequences = await self._exchange.sequences(incoming, embeddings)
-            found, job = await self._exchange.compute(
-                "Score", lambda: self._engine.score(sequences, labels)
+            sequences = (await self._exchange.received(incoming, embeddings)).sequences
+            found, job = await self._exchange.joined(
+                "Score",
+                Scores(self._engine.score, sequences, labels),
+                head.header,
+                _checked,
+                "score",
             )
-            _check_losses(found.loss_sums)
             self._metrics.tokens("Score", embeddings.tokens)
             reply = llm_pb2.ScoreReply(
-                loss_sums=codec.encode(found.loss_sums.numpy()),
-                token_counts=codec.encode(found.token_counts.numpy()),
-                correct_counts=codec.encode(found.correct_counts.numpy()),
+                loss_sums=codec.encode(found.loss_sums.cpu().numpy()),
+                token_counts=codec.encode(found.token_counts.cpu().numpy()),
+                correct_counts=codec.encode(found.correct_counts.cpu().numpy()),
                 spent=_spent(job),
             )
             return self._exchange.counted(reply)
@@ -165,14 +197,18 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
         with self._metrics.request("Generate"):
             incoming = Incoming(request_iterator)
             head: llm_pb2.GenerateHead = await self._exchange.head(incoming)
-            asked = requests.prompt(head, self._limits)
+            asked = requests.prompt(head, await self._announced(head.embeddings), self._limits)
             sampling = requests.sampling(head.sampling, self._limits)
-            kinds: list[Kind] = ["embeddings", "adapters", "adapters"]
+            kinds: list[Kind] = ["embeddings"] * len(asked.embeddings.specs)
+            kinds += ["adapters", "adapters"]
             data = await self._exchange.payload(incoming, asked.specs, kinds)
             sequences, adapter = await self._exchange.checked(asked.read, data)
             self._metrics.tokens("Generate", asked.embeddings.tokens)
             job = self._exchange.stream(
-                context, lambda: self._engine.generate(sequences, sampling, adapter)
+                context,
+                lambda: self._engine.answer(sequences, sampling, adapter),
+                self._engine.write,
+                head.header,
             )
             with self._exchange.on_device("Generate", job):
                 async for tokens in job:
@@ -185,15 +221,57 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
         self, request_iterator: AsyncIterator[llm_pb2.UploadBaseRequest], context: Context
     ) -> llm_pb2.UploadBaseReply:
         with self._metrics.request("UploadBase"):
-            await self._exchange.head(Incoming(request_iterator))
-            raise Unsupported(_NO_BASES)
+            if self.uploads is None:
+                raise Unsupported(_NO_BASES)
+            received = await self.uploads.receive(
+                request_iterator, self._exchange.owner, self._metrics.received
+            )
+            return self._exchange.counted(llm_pb2.UploadBaseReply(received=received))
 
     async def DeleteBase(
         self, request: llm_pb2.DeleteBaseRequest, context: Context
     ) -> llm_pb2.DeleteBaseReply:
         with self._metrics.request("DeleteBase"):
-            self._exchange.admit(request.header)
+            owner = self._exchange.owner(request.header)
+            if self._bases is None or self.uploads is None:
+                raise Unsupported(_NO_BASES)
+            self._metrics.received("control", request.ByteSize())
+            self.uploads.forget(owner)
+            delete = partial(self._bases.delete, owner)
+            deleted = await self._exchange.checked(delete, list(request.digests))
+            return self._exchange.counted(llm_pb2.DeleteBaseReply(deleted=deleted))
+
+    async def _forwarded(
+        self, head: llm_pb2.ForwardHead, sequences: Sequences, positions: torch.Tensor
+    ) -> ForwardResult:
+        """A pass of which nothing is kept may share its batch; a kept graph is one request's own."""
+        if head.keep:
+            found, _ = await self._exchange.compute(
+                "Forward",
+                lambda: self._engine.forward(sequences, positions),
+                head.header,
+                len(sequences.values),
+            )
+            return found
+        forward = partial(self._engine.forward, keep=False)
+        work = Logits(forward, sequences, positions)
+        found, _ = await self._exchange.joined("Forward", work, head.header, lambda found: found)
+        return found
+
+    async def _announced(self, message: llm_pb2.Embeddings) -> Announced | Factors:
+        """The first message's embeddings, dense or factored. Raises UnknownBase."""
+        if message.WhichOneof("form") != "factored":
+            return requests.announced(message, self._limits)
+        if self._bases is None:
             raise Unsupported(_NO_BASES)
+        read = partial(
+            factored.announced,
+            limits=self._limits,
+            store=self._bases,
+            owner=owner_of(caller()),
+            device=self._engine.device,
+        )
+        return await self._exchange.checked(read, message)
 
     def _card(self) -> llm_pb2.DescribeReply:
         limits = self._limits
@@ -211,7 +289,7 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
                 new_tokens=limits.new_tokens,
                 message_bytes=limits.message_bytes,
             ),
-            forms=["dense"],
+            forms=["dense", "factored"] if self._bases is not None else ["dense"],
             wire_dtypes=codec.FLOATS,
             load=llm_pb2.Load(queued=self._worker.depth, busy=self._worker.busy),
             replica=self._replica,
@@ -220,14 +298,9 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
         )
 
 
-def _packed_gradient(gradient: torch.Tensor, dtype: DType) -> Packed:
-    """Raises InvalidRequest where the caller's numbers left no finite gradient as `dtype`."""
-    try:
-        return Packed.of("gradient", gradient, dtype)
-    except BadTensor:  # INT8 can't hold NaN or infinity
-        raise InvalidRequest.of(
-            "embeddings", "values that give a finite gradient", "NaN or infinity"
-        ) from None
+def _checked(found: ScoreResult) -> ScoreResult:
+    _check_losses(found.loss_sums)
+    return found
 
 
 def _check_losses(loss_sums: torch.Tensor) -> None:

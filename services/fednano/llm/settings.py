@@ -43,6 +43,12 @@ class LlmSettings(ListenerTls):
     )
     threads: int = Field(0, ge=0, description="CPU threads of one computation; 0: torch's choice")
     queue: int = Field(64, ge=1, description="requests that may wait; more are refused as busy")
+    batch_tokens: int = Field(
+        -1,
+        ge=-1,
+        description="of requests that are joined into one batch, padding counted; 0: one request per"
+        " batch, -1: 1024 on a CPU, 8192 on a GPU",
+    )
     generations: int = Field(4, ge=1, description="answers that are written at the same time")
     tokens_per_sample: int = Field(0, ge=0, description="limit; 0: the model's own")
     tokens_per_request: int = Field(
@@ -58,6 +64,21 @@ class LlmSettings(ListenerTls):
     )
     activation_tokens: int = Field(
         65_536, ge=1, description="tokens whose activations are kept at most"
+    )
+    base_mebibytes: int = Field(
+        1024,
+        ge=0,
+        description="memory for uploaded bases, with which clients send less (the factored wire);"
+        " 0: not offered",
+    )
+    base_directory: Path | None = Field(
+        None, description="bases that memory has no room for lie here while the service runs"
+    )
+    base_disk_mebibytes: int = Field(
+        16_384, ge=1, description="limit of what lies in base_directory"
+    )
+    base_seconds: float = Field(
+        21_600, gt=0, description="how long a base is kept that nobody uses"
     )
     drain_seconds: float = Field(30, ge=0, description="for the running calls at shutdown")
     name: str = Field("", description="of this replica; empty: the host's name and a random part")

@@ -6,7 +6,7 @@ embeddings or soft-cap logits are right by construction.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fednano.models import checkpoint
 from fednano.models.activations import Activation, Activations
-from fednano.models.generation import Plan, generate
+from fednano.models.generation import Answer, Plan, Written, write
 from fednano.models.language_model import (
     ForwardResult,
     LowRank,
@@ -222,6 +222,17 @@ class FrozenLLM:
         self, sequences: Sequences, sampling: Sampling, text_adapter: LowRank | None = None
     ) -> Iterator[list[NewToken]]:
         """Tokens as they are known; see `models.generation`."""
+        answer = self.answer(sequences, sampling, text_adapter)
+        while not answer.ended:
+            (written,) = self.write([answer])
+            if isinstance(written, Exception):
+                raise written
+            yield written
+
+    def answer(
+        self, sequences: Sequences, sampling: Sampling, text_adapter: LowRank | None = None
+    ) -> Answer:
+        """One that `write` goes on with; nothing is computed yet."""
         if text_adapter is not None:
             text_adapter = LowRank(
                 text_adapter.down.to(self.device, torch.float32),
@@ -229,7 +240,14 @@ class FrozenLLM:
                 text_adapter.scale,
             )
         plan = Plan(sampling, self.stop_ids, self.max_positions, text_adapter)
-        return generate(self._model, self._placed(sequences), self._padding(sequences), plan)
+        return Answer(self._placed(sequences), sequences.lengths, plan)
+
+    def write(self, answers: Sequence[Answer]) -> list[Written]:
+        """The next token of each unfinished sample of each answer, in one batch.
+
+        Where this raises, no answer has changed but for its cache: each may be tried again.
+        """
+        return write(self._model, answers)
 
     def _padding(self, sequences: Sequences) -> Padding:
         return Padding.of(sequences.lengths, self.device)

@@ -81,6 +81,13 @@ class UnknownActivation(NotFound):
     """The activation is gone; send the embeddings again."""
 
 
+class UnknownBase(NotFound):
+    """Bases that are not held for this caller, here and now: upload them, and ask again.
+
+    The problem of the field `embeddings.bases` names the samples, as in "0-3,7".
+    """
+
+
 class WrongModel(FedNanoError):
     """The caller's half and this service's half were not cut from the same checkpoint."""
 

@@ -129,7 +129,7 @@ class LanguageModelServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UploadBase(self, request_iterator, context):
-        """Reserved for the factored wire.
+        """The factored wire: what never changes is sent once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -63,7 +63,7 @@ class LanguageModelStub:
         fednano.wire.llm_pb2.UploadBaseRequest,
         fednano.wire.llm_pb2.UploadBaseReply,
     ]
-    """Reserved for the factored wire."""
+    """The factored wire: what never changes is sent once."""
 
     DeleteBase: grpc.UnaryUnaryMultiCallable[
         fednano.wire.llm_pb2.DeleteBaseRequest,
@@ -112,7 +112,7 @@ class LanguageModelAsyncStub:
         fednano.wire.llm_pb2.UploadBaseRequest,
         fednano.wire.llm_pb2.UploadBaseReply,
     ]
-    """Reserved for the factored wire."""
+    """The factored wire: what never changes is sent once."""
 
     DeleteBase: grpc.aio.UnaryUnaryMultiCallable[
         fednano.wire.llm_pb2.DeleteBaseRequest,
@@ -177,7 +177,7 @@ class LanguageModelServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[fednano.wire.llm_pb2.UploadBaseRequest],
         context: _ServicerContext,
     ) -> typing.Union[fednano.wire.llm_pb2.UploadBaseReply, collections.abc.Awaitable[fednano.wire.llm_pb2.UploadBaseReply]]:
-        """Reserved for the factored wire."""
+        """The factored wire: what never changes is sent once."""
 
     @abc.abstractmethod
     def DeleteBase(

@@ -52,6 +52,18 @@ class TrainingConfig(_Section):
     wire_dtype: Literal["fp32", "fp16", "bf16", "int8"] = Field(
         "fp32", description="of embeddings and gradients on the wire"
     )
+    wire: Literal["dense", "factored"] = Field(
+        "dense",
+        description="factored: what never changes is uploaded to the LLM service once and kept there",
+    )
+
+    @model_validator(mode="after")
+    def _crosses(self) -> TrainingConfig:
+        if self.wire == "factored" and self.loss == "client":
+            raise ValueError(
+                "training.wire: expected dense where training.loss is client, got factored"
+            )
+        return self
 
 
 class StrategyConfig(_Section):

@@ -44,7 +44,7 @@ class TensorSpec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Header(_message.Message):
-    __slots__ = ("protocol", "run", "client", "session", "round", "attempt", "request", "fingerprint")
+    __slots__ = ("protocol", "run", "client", "session", "round", "attempt", "request", "fingerprint", "alone")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,7 @@ class Header(_message.Message):
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    ALONE_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     run: str
     client: str
@@ -61,4 +62,5 @@ class Header(_message.Message):
     attempt: int
     request: str
     fingerprint: str
-    def __init__(self, protocol: _Optional[int] = ..., run: _Optional[str] = ..., client: _Optional[str] = ..., session: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., request: _Optional[str] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+    alone: bool
+    def __init__(self, protocol: _Optional[int] = ..., run: _Optional[str] = ..., client: _Optional[str] = ..., session: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., request: _Optional[str] = ..., fingerprint: _Optional[str] = ..., alone: bool = ...) -> None: ...

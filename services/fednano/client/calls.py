@@ -1,0 +1,107 @@
+"""How calls to the LLM service are made: headers and tokens, streams in chunks, bytes counted, and
+another try where one failed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from structlog.contextvars import bound_contextvars
+
+from fednano.client.meter import Kind, Meter
+from fednano.client.replicas import Replica, Replicas
+from fednano.client.retries import retried
+from fednano.wire import codec, llm_pb2, torch_codec
+from fednano.wire.channels import calling
+from fednano.wire.errors import Unavailable
+from fednano.wire.tensor_pb2 import Header, TensorSpec
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_SERVICE = f"/{llm_pb2.DESCRIPTOR.services_by_name['LanguageModel'].full_name}"
+_REPLY_LIMIT = 1 << 34
+_CHUNK_KINDS: dict[str, tuple[Kind, Kind]] = {  # of chunks sent and received
+    "ForwardBackward": ("embeddings", "gradients"),
+    "Score": ("embeddings", "control"),
+    "Forward": ("embeddings", "logits"),
+    "Backward": ("logits", "gradients"),
+    "Generate": ("embeddings", "control"),
+    "Embed": ("control", "embeddings"),
+}
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who calls: makes headers, and knows the newest token."""
+
+    header: Callable[[], Header]
+    token: Callable[[], str]
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Every call is tried again, on another replica where there is one, until `retry_seconds` are
+    over; a call is safe to repeat as the service keeps nothing that it can't lose."""
+
+    replicas: Replicas
+    caller: Caller
+    meter: Meter
+    retry_seconds: float
+    call_seconds: float
+
+    def retried(self, header: Header, call: Callable[[Replica], T]) -> T:
+        with bound_contextvars(request_id=header.request):
+            return retried(
+                lambda: call(self.replicas.next()),
+                self.retry_seconds,
+                lambda error: self.note_failure(error, header),
+            )
+
+    def note_failure(self, error: BaseException, header: Header) -> None:
+        self.replicas.failed()
+        extra = {"reason": str(error), "request_id": header.request}
+        log.warning("the LLM service is asked again", extra=extra)
+
+    @contextmanager
+    def calling(self, rpc: str, header: Header) -> Iterator[dict[str, Any]]:
+        """Around one try: the options of the stub's method."""
+        with calling(f"{_SERVICE}/{rpc}", header, self.caller.token()) as metadata:
+            yield {"metadata": metadata, "timeout": self.call_seconds}
+
+    def stream(
+        self, rpc: str, request: Callable[..., Any], head: Any, body: Iterable[codec.Buffer]
+    ) -> Iterator[Any]:
+        """The messages of a request: its head, then the bytes that it announces."""
+        first = request(head=head)
+        self.meter.add("sent", "control", first.ByteSize())
+        yield first
+        for chunk in codec.chunked(body):
+            self.meter.add("sent", _CHUNK_KINDS[rpc][0], len(chunk))
+            yield request(chunk=chunk)
+
+    def collect(
+        self, rpc: str, replies: Iterator[Any], specs: Callable[[Any], list[TensorSpec]]
+    ) -> tuple[Any, list[torch.Tensor]]:
+        """The first message of a reply stream and the tensors that it announced."""
+        first = next(replies, None)
+        if first is None:
+            raise Unavailable(f"{rpc} ended without a reply")
+        self.meter.add("received", "control", first.ByteSize())
+        announced = specs(first)
+        payload = codec.Payload(announced, _REPLY_LIMIT)
+        for reply in replies:
+            self.meter.add("received", _CHUNK_KINDS[rpc][1], len(reply.chunk))
+            payload.feed(reply.chunk)
+        buffers = payload.buffers()
+        return first, [
+            torch_codec.to_torch(s.dtype, s.shape, buffers[s.name], s.name).float()
+            for s in announced
+        ]
+
+    def spent(self, spent: llm_pb2.Spent) -> None:
+        self.meter.add_server_seconds(spent.compute_seconds)

@@ -1,0 +1,107 @@
+"""The two ways in which a batch crosses the cut, and in which its gradient comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from fednano.client.batches import Batch
+from fednano.client.edge import NanoEdge
+from fednano.client.factored import FactoredLanguageModel, as_held
+from fednano.client.fisher import FisherEstimate
+from fednano.client.losses import client_side_step
+from fednano.models.language_model import LanguageModel, LowRank, NewToken, Sampling, ScoreResult
+
+
+@dataclass(frozen=True)
+class Crossed:
+    """What a step gave."""
+
+    loss_sums: torch.Tensor  # [samples]
+    token_counts: torch.Tensor  # [samples]
+    backward: Callable[[], None]
+    """Goes on from the cut into the adapters."""
+
+
+class Wire(Protocol):
+    """Puts batches to an LLM, adapters applied."""
+
+    def step(
+        self, nano: NanoEdge, batch: Batch, weights: torch.Tensor, estimate: FisherEstimate | None
+    ) -> Crossed:
+        """The gradient is that of sum_i weights[i] * loss_i; `estimate` is told of it."""
+        ...
+
+    def score(self, nano: NanoEdge, batch: Batch) -> ScoreResult: ...
+
+    def generate(
+        self, nano: NanoEdge, batch: Batch, sampling: Sampling, text: LowRank | None
+    ) -> Iterator[list[NewToken]]: ...
+
+
+@dataclass(frozen=True)
+class DenseWire:
+    """A vector per token there, its gradient back."""
+
+    llm: LanguageModel
+    loss: str = "server"
+
+    def step(
+        self, nano: NanoEdge, batch: Batch, weights: torch.Tensor, estimate: FisherEstimate | None
+    ) -> Crossed:
+        hidden = nano(batch)  # [tokens, hidden], adapters applied
+        sequences = batch.sequences(hidden.detach())
+        if self.loss == "client":
+            reply = client_side_step(self.llm, sequences, batch.labels, weights)
+        else:
+            reply = self.llm.step(sequences, batch.labels, weights)
+        if estimate is not None:
+            estimate.add(batch, reply.gradient, weights)
+        return Crossed(reply.loss_sums, reply.token_counts, lambda: hidden.backward(reply.gradient))
+
+    def score(self, nano: NanoEdge, batch: Batch) -> ScoreResult:
+        return self.llm.score(batch.sequences(nano(batch)), batch.labels)
+
+    def generate(
+        self, nano: NanoEdge, batch: Batch, sampling: Sampling, text: LowRank | None
+    ) -> Iterator[list[NewToken]]:
+        return self.llm.generate(batch.sequences(nano(batch)), sampling, text)
+
+
+@dataclass(frozen=True)
+class FactoredWire:
+    """x once; then U and W there, their gradients back."""
+
+    llm: FactoredLanguageModel
+
+    def step(
+        self, nano: NanoEdge, batch: Batch, weights: torch.Tensor, estimate: FisherEstimate | None
+    ) -> Crossed:
+        held = self._held(batch)
+        sent = nano.factored(held)
+        reply = self.llm.step(sent, batch.labels, weights, want_fisher=estimate is not None)
+        if estimate is not None:
+            estimate.add_factored(held, reply.gradient, weights)
+
+        def backward() -> None:
+            if sent.right:
+                torch.autograd.backward(
+                    [sent.left, *sent.right.values()],
+                    [reply.gradient.left, *(reply.gradient.right[m] for m in sent.right)],
+                )
+
+        return Crossed(reply.loss_sums, reply.token_counts, backward)
+
+    def score(self, nano: NanoEdge, batch: Batch) -> ScoreResult:
+        return self.llm.score(nano.factored(self._held(batch)), batch.labels)
+
+    def generate(
+        self, nano: NanoEdge, batch: Batch, sampling: Sampling, text: LowRank | None
+    ) -> Iterator[list[NewToken]]:
+        return self.llm.generate(nano.factored(self._held(batch)), sampling, text)
+
+    def _held(self, batch: Batch) -> Batch:
+        return replace(batch, base=as_held(batch.base, self.llm.wire_dtype))

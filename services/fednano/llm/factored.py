@@ -1,0 +1,115 @@
+"""Embeddings in factored form, as a request announces them: the bases are held here, U and W follow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fednano.llm import requests
+from fednano.llm.bases import Base, BaseStore, Owner
+from fednano.llm.exchange import Packed
+from fednano.llm.requests import Layout, Limits, Received
+from fednano.models.factored import Factored, FactoredGradient
+from fednano.models.language_model import Modality
+from fednano.wire import llm_pb2
+from fednano.wire.errors import BadTensor, Busy, InvalidRequest
+from fednano.wire.tensor_pb2 import FP32, DType, TensorSpec
+
+PackedGradient = tuple[llm_pb2.Gradient, list[Packed]]
+
+
+@dataclass(frozen=True)
+class Factors(Layout):
+    """U and W, whose values follow in chunks: U first, then each W by its modality's number."""
+
+    bases: tuple[Base, ...]  # by sample
+    left: TensorSpec  # U [tokens, rank]
+    right: dict[Modality, TensorSpec]  # W [rank, hidden]
+    device: torch.device
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """In the order in which their bytes come."""
+        return [self.left, *self.right.values()]
+
+    def read(self, data: Sequence[memoryview]) -> Received:
+        """x + U W, once the bytes have come. Raises BadTensor for NaN and infinity, or Busy."""
+        left = requests.floats("embeddings.left", self.left, data[0])
+        right = {
+            modality: requests.floats(f"embeddings.right[{int(modality)}]", spec, buffer)
+            for (modality, spec), buffer in zip(self.right.items(), data[1:], strict=False)
+        }
+        try:
+            base = torch.cat([base.tensor().to(self.device).float() for base in self.bases])
+            factored = Factored(base, left, right, self.segments).to(self.device)
+            return Received(factored.dense(), factored)
+        except torch.OutOfMemoryError as error:
+            raise Busy("the device has no memory for this; send less, or try later") from error
+
+
+def announced(
+    message: llm_pb2.Embeddings,
+    limits: Limits,
+    store: BaseStore,
+    owner: Owner,
+    device: torch.device,
+) -> Factors:
+    """The first message's half; reads files. Raises UnknownBase where `owner` has no such base here."""
+    found, form = requests.layout(message, limits), message.factored
+    if len(form.bases) != len(found.segments):
+        raise InvalidRequest.of("embeddings.bases", len(found.segments), len(form.bases))
+    rank = form.left.shape[-1] if form.left.shape else 0
+    if not 1 <= rank <= limits.hidden:
+        raise InvalidRequest.of("embeddings.left", f"a rank of 1 to {limits.hidden}", rank)
+    requests.check_spec("embeddings.left", form.left, (found.tokens, rank))
+    right = {_modality(number): form.right[number] for number in sorted(form.right)}
+    for modality, spec in right.items():
+        requests.check_spec(f"embeddings.right[{int(modality)}]", spec, (rank, limits.hidden))
+    bases = store.get(owner, form.bases)
+    for sample, (base, length) in enumerate(zip(bases, found.lengths, strict=True)):
+        if base.shape[0] != length:
+            field = f"embeddings.bases[{sample}]"
+            raise InvalidRequest.of(field, f"{length} tokens, as its segments", base.shape[0])
+    return Factors(found.segments, tuple(bases), form.left, right, device)
+
+
+def _modality(number: int) -> Modality:
+    if number not in (Modality.TEXT, Modality.IMAGE):
+        raise InvalidRequest.of("embeddings.right", "TEXT and IMAGE", number)
+    return Modality(number)
+
+
+def packed_gradient(
+    received: Received, gradient: torch.Tensor, dtype: DType, want_fisher: bool
+) -> PackedGradient:
+    """The gradient in the form in which the embeddings came. Raises InvalidRequest, as `packed`."""
+    if received.factored is not None:
+        found = received.factored.gradient(gradient, want_fisher)
+        return _factored_gradient(found, dtype)
+    body = packed("gradient", gradient, dtype)
+    return llm_pb2.Gradient(dense=llm_pb2.DenseForm(values=body.spec)), [body]
+
+
+def packed(name: str, gradient: torch.Tensor, dtype: DType) -> Packed:
+    """Raises InvalidRequest where the caller's numbers left no finite gradient as `dtype`."""
+    try:
+        return Packed.of(name, gradient, dtype)
+    except BadTensor:  # INT8 can't hold NaN or infinity
+        raise InvalidRequest.of(
+            "embeddings", "values that give a finite gradient", "NaN or infinity"
+        ) from None
+
+
+def _factored_gradient(found: FactoredGradient, dtype: DType) -> PackedGradient:
+    """The Fisher part travels in float32: squares of small numbers vanish in less."""
+    left = packed("left", found.left, dtype)
+    right = {m: packed(f"right.{m:d}", w, dtype) for m, w in found.right.items()}
+    fisher = {m: packed(f"fisher.{m:d}", f, FP32) for m, f in found.fisher.items()}
+    message = llm_pb2.FactoredGradient(left=left.spec)
+    for parts, specs in ((right, message.right), (fisher, message.fisher)):
+        for modality, part in parts.items():
+            specs[int(modality)].CopyFrom(part.spec)
+    bodies = [left, *right.values(), *fisher.values()]
+    return llm_pb2.Gradient(factored=message), bodies
