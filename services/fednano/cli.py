@@ -10,7 +10,7 @@ import typer
 from fednano import __version__
 from fednano.client.cli import ask_command, client_app
 from fednano.coordinator.cli import coordinator
-from fednano.lab.cli import demo_command
+from fednano.lab.cli import bench_command, demo_command
 from fednano.llm.cli import llm
 from fednano.models.cli import export_command, split_command
 from fednano.runs_cli import runs_app, tokens_app
@@ -32,6 +32,7 @@ app.add_typer(tokens_app, name="tokens")
 app.command("split")(split_command)
 app.command("ask")(ask_command)
 app.command("export")(export_command)
+app.command("bench")(bench_command)
 
 
 def _version(wanted: bool) -> None:

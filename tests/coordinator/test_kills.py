@@ -73,7 +73,7 @@ KILLS = {
     "around the merge": [
         (f"{STORE}rounds:RoundStore.freeze", "before", "1"),
         (f"{STORE}rounds:RoundStore.freeze", "after", "1"),
-        (f"{STORE}updates:UpdateStore.tensors", "after", "2"),
+        (f"{STORE}updates:StoredUpdates.fetch", "after", "2"),
         (f"{STORE}rounds:RoundStore.publish", "before", "1"),
         (f"{STORE}rounds:RoundStore.publish", "after", "1"),
     ],
@@ -118,7 +118,7 @@ def test_a_twin_takes_over_when_the_leader_is_killed_while_merging(
     first, second = free_port(), free_port()
     asyncio.run(create_run(redis_server.url))
     (tmp_path / "twin").mkdir()
-    kill = (f"{STORE}updates:UpdateStore.tensors", "after", "2")
+    kill = (f"{STORE}updates:StoredUpdates.fetch", "after", "2")
     leader = Process(settings_for(redis_server, first), tmp_path, *kill)
     leader.wait_ready()
     twin = Process(settings_for(redis_server, second), tmp_path / "twin")

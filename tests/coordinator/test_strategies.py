@@ -2,19 +2,50 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
+import redis
+from fednano.coordinator import keys
+from fednano.coordinator.records import Tensors
+from fednano.coordinator.store import Store
+from fednano.coordinator.store_updates import (
+    StoredUpdate,
+    StoredUpdates,
+    UpdateMeta,
+    packed_update,
+)
 from fednano.coordinator.strategies import (
     FedAvg,
     FisherMerging,
+    Span,
+    Strategy,
     Update,
+    blocks,
     initial_adapter,
     strategy_of,
 )
+from fednano.lab.processes import Processes
+from fednano.lab.redis_server import redis_binary
+from fednano.wire.errors import InvalidRequest, Unavailable
 from fednano.wire.run_config import StrategyConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+
+from tests.redis_server import RedisServer
+
+STRATEGIES = (
+    FedAvg(),
+    FisherMerging(0.1, scaled=True),
+    FisherMerging(0.0, scaled=True),
+    FisherMerging(0.0, scaled=False),
+)
 
 
 def update(client: str, samples: int, theta: list[float], fisher: list[float] | None = None):
@@ -124,6 +155,188 @@ def test_the_order_of_updates_does_not_matter(
         one, other = strategy.aggregate(updates)["t"], strategy.aggregate(shuffled)["t"]
         largest = max(float(np.abs(theta).max()) for _, theta, _ in drawn)
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6 * largest + 1e-30)
+
+
+def in_one_piece(strategy: Strategy, updates: list[Update]) -> Tensors:
+    """What merging is by definition, tensor by tensor, with everything in memory."""
+    samples = sum(update.samples for update in updates)
+    merged = {}
+    for name in updates[0].adapter:
+        plain = [u.samples * u.adapter[name].astype(np.float64) for u in updates]
+        result = summed(plain) / samples
+        if isinstance(strategy, FisherMerging):
+            weights = [
+                u.samples * importance(strategy, u.auxiliary["fisher." + name]) for u in updates
+            ]
+            products = [
+                w * u.adapter[name].astype(np.float64)
+                for w, u in zip(weights, updates, strict=True)
+            ]
+            safe = summed(weights) > 0
+            quotient = summed(products) / np.where(safe, summed(weights), 1)
+            result = np.where(safe, quotient, result)
+        merged[name] = result.astype(np.float32)
+    return merged
+
+
+def importance(strategy: FisherMerging, fisher: np.ndarray) -> np.ndarray:
+    values = fisher.astype(np.float64)
+    if strategy.scaled:
+        values = values / values.mean() if values.mean() > 0 else np.zeros_like(values)
+    return values + strategy.damping
+
+
+def summed(values: list[np.ndarray]) -> np.ndarray:
+    total = values[0].copy()
+    for value in values[1:]:
+        total += value
+    return total
+
+
+def drawn_updates(count: int, seed: int = 0) -> list[Update]:
+    """Three tensors of odd sizes, with zeros of both signs and one Fisher that is all zero."""
+    rng = np.random.default_rng(seed)
+    shapes = {"image.down": (3, 50), "image.up": (50, 3), "text.up": (7, 11, 2)}
+    updates = []
+    for index in range(count):
+        adapter = {
+            name: rng.normal(0, 1, shape).astype(np.float32) for name, shape in shapes.items()
+        }
+        fisher = {f"fisher.{n}": rng.gamma(0.3, 1, s).astype(np.float32) for n, s in shapes.items()}
+        adapter["text.up"][0] = -0.0
+        fisher["fisher.image.up"][:, 0] = 0
+        if index == 1:
+            fisher["fisher.image.down"][:] = 0
+        updates.append(Update(f"c{index}", int(rng.integers(1, 99)), adapter, fisher))
+    return updates
+
+
+def same_bytes(one: Tensors, other: Tensors) -> bool:
+    return one.keys() == other.keys() and all(
+        (one[name].shape, one[name].tobytes()) == (other[name].shape, other[name].tobytes())
+        for name in one
+    )
+
+
+@pytest.mark.parametrize("block", [1, 100, 151, 1 << 20])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_merging_by_blocks_gives_the_bytes_of_merging_in_one_piece(
+    strategy: Strategy, block: int
+) -> None:
+    updates = drawn_updates(4)
+    assert same_bytes(strategy.aggregate(updates, block), in_one_piece(strategy, updates))
+
+
+def test_blocks_cover_every_element_once_and_cross_tensors() -> None:
+    found = [list(block) for block in blocks({"b": (2, 3), "a": (4,)}, 5)]
+    assert found == [[Span("a", 0, 4), Span("b", 0, 1)], [Span("b", 1, 6)]]
+
+
+PLACE = ("trial", 1, 1)
+
+
+async def stored(store: Store, updates: list[Update]) -> dict[str, UpdateMeta]:
+    """The updates in Redis, as they lie there once they were accepted."""
+    accepted = {}
+    for update in updates:
+        tensors = {**update.adapter, **update.auxiliary}
+        meta = UpdateMeta(update.samples, auxiliary=list(update.auxiliary))
+        accepted[update.client], data = packed_update(tensors, meta)
+        await store.database.call("SET", keys.update(*PLACE, update.client), data)
+    return accepted
+
+
+@pytest.mark.parametrize("block", [100, 151, 1 << 18])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+async def test_what_redis_holds_merges_to_the_same_bytes(
+    store: Store, strategy: Strategy, block: int
+) -> None:
+    updates = drawn_updates(4)
+    accepted = await stored(store, updates)
+    with store.updates.reading(*PLACE, accepted) as readable:
+        merged = await asyncio.to_thread(strategy.aggregate, readable, block)
+    assert same_bytes(merged, in_one_piece(strategy, updates))
+
+
+async def test_a_redis_behind_a_unix_socket_is_read_likewise(tmp_path: Path) -> None:
+    path = tmp_path / "redis.sock"
+    with Processes(tmp_path) as processes:
+        command = [redis_binary(), "--port", "0", "--unixsocket", str(path), "--save", ""]
+        processes.start("redis", [*command, "--dir", str(tmp_path)])
+        processes.wait_until(path.exists, "the start of Redis")
+        store = Store.connect(f"unix://{path}")
+        updates = drawn_updates(2)
+        accepted = await stored(store, updates)
+        with store.updates.reading(*PLACE, accepted) as readable:
+            merged = await asyncio.to_thread(FedAvg().aggregate, readable)
+        await store.close()
+    assert same_bytes(merged, in_one_piece(FedAvg(), updates))
+
+
+async def test_a_mean_that_was_not_kept_is_computed(store: Store) -> None:
+    """An update that an earlier version accepted."""
+    updates = drawn_updates(3)
+    accepted = {c: replace(m, means={}) for c, m in (await stored(store, updates)).items()}
+    strategy = FisherMerging(0.1, scaled=True)
+    with store.updates.reading(*PLACE, accepted) as readable:
+        merged = await asyncio.to_thread(strategy.aggregate, readable, 100)
+    assert same_bytes(merged, in_one_piece(strategy, updates))
+
+
+async def test_an_update_is_read_in_ranges_and_never_whole(
+    store: Store, redis_server: RedisServer
+) -> None:
+    accepted = await stored(store, drawn_updates(3))
+    with redis_server.client() as watcher, watcher.monitor() as monitor:
+        with store.updates.reading(*PLACE, accepted) as readable:
+            await asyncio.to_thread(FisherMerging(0.1, True).aggregate, readable, 200)
+        asked = [line.split() for line in commands(monitor, watcher)]
+    reads = [(int(c[2]), int(c[3])) for c in asked if c[0] == "GETRANGE"]
+    assert max(stop + 1 - start for start, stop in reads) == 200 * 4
+    assert len(reads) == 3 * 3 * 2  # 454 elements are 3 blocks; of 3 clients, adapter and Fisher
+    assert not [c for c in asked if c[0] == "GET"]
+
+
+def commands(monitor: redis.client.Monitor, watcher: redis.Redis) -> list[str]:
+    """What was asked of Redis since the monitor began."""
+    watcher.echo("the end")
+    found = []
+    for line in monitor.listen():
+        if line["command"] == "ECHO the end":
+            return found
+        found.append(line["command"])
+    raise AssertionError("the monitor ended")
+
+
+async def test_an_expired_update_is_told_by_its_client(store: Store) -> None:
+    accepted = await stored(store, drawn_updates(2))
+    await store.database.call("DEL", keys.update(*PLACE, "c1"))
+    expected = pytest.raises(InvalidRequest, match="the update of 'c1'")
+    with store.updates.reading(*PLACE, accepted) as readable, expected:
+        await asyncio.to_thread(FedAvg().aggregate, readable)
+
+
+async def test_a_merge_that_nobody_waits_for_ends(store: Store) -> None:
+    """A coordinator that is stopped doesn't wait for a large one."""
+    accepted = await stored(store, drawn_updates(3))
+    with store.updates.reading(*PLACE, accepted) as readable:
+        merging = asyncio.create_task(asyncio.to_thread(FedAvg().aggregate, Slowly(readable), 1))
+        await asyncio.sleep(0.1)
+        readable.stop()
+        with pytest.raises(Unavailable, match="given up"):
+            await asyncio.wait_for(merging, 5)
+
+
+class Slowly:
+    """Updates that would be merged for minutes."""
+
+    def __init__(self, updates: StoredUpdates) -> None:
+        self._updates = updates
+
+    def __iter__(self) -> Iterator[StoredUpdate]:
+        for update in self._updates:
+            time.sleep(0.05)
+            yield update
 
 
 def test_the_configuration_chooses_the_strategy() -> None:

@@ -9,25 +9,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fednano.coordinator.database import Raced
 from fednano.coordinator.fields import StoredClient, StoredRound, StoredRun
-from fednano.coordinator.records import RoundState, RunState, StoredAdapter
+from fednano.coordinator.records import RoundState, RunState, StoredAdapter, Tensors
 from fednano.coordinator.scores import mean_metrics, own_metrics, train_metrics
 from fednano.coordinator.store import Store
 from fednano.coordinator.store_adapters import make_adapter
-from fednano.coordinator.store_updates import UpdateMeta
-from fednano.coordinator.strategies import Update, initial_adapter, strategy_of
+from fednano.coordinator.store_updates import StoredUpdates
+from fednano.coordinator.strategies import Strategy, initial_adapter, strategy_of
 
 log = logging.getLogger(__name__)
 
 _LOOK = 60.0  # nothing to wait for but a ring of the bell
 _SOON = 0.2
-_READ_SECONDS = 60.0
+READ_BLOCK = 1 << 18  # elements of an update read at a time: 1 MiB, and as much of its Fisher
 
 
 @dataclass(frozen=True)
@@ -234,10 +234,14 @@ class Rounds:
         if evaluators is None:
             return _SOON
         accepted = await self.store.updates.accepted(run.name, round_.number, round_.attempt)
-        updates = StoredUpdates(self.store, run.name, round_, accepted, asyncio.get_running_loop())
+        place = (run.name, round_.number, round_.attempt)
         strategy = strategy_of(run.config.strategy)
-        tensors = await asyncio.to_thread(strategy.aggregate, updates)
-        adapter = make_adapter(tensors, run.config.adapter.scale)
+        updates = self.store.updates.reading(*place, accepted)
+        try:
+            tensors = await asyncio.to_thread(aggregated, strategy, updates)
+        finally:
+            updates.stop()  # a coordinator that is being stopped doesn't wait for the merge
+        adapter = await asyncio.to_thread(make_adapter, tensors, run.config.adapter.scale)
         await self._publish(run, round_, adapter, evaluators, train_metrics(accepted))
         return 0
 
@@ -310,26 +314,10 @@ class Rounds:
         log.info("round done", extra={"run": run.name, "round": done.number, **done.metrics})
 
 
-@dataclass(frozen=True)
-class StoredUpdates:
-    """A frozen round's updates, read one at a time from the thread that merges them."""
-
-    store: Store
-    run: str
-    round: StoredRound
-    accepted: dict[str, UpdateMeta]
-    loop: asyncio.AbstractEventLoop
-
-    def __iter__(self) -> Iterator[Update]:
-        for client, meta in self.accepted.items():
-            reading = self.store.updates.tensors(
-                self.run, self.round.number, self.round.attempt, client, meta
-            )
-            future = asyncio.run_coroutine_threadsafe(reading, self.loop)
-            tensors = future.result(_READ_SECONDS)
-            auxiliary = {name: value for name, value in tensors.items() if name in meta.auxiliary}
-            adapter = {name: value for name, value in tensors.items() if name not in auxiliary}
-            yield Update(client, meta.samples, adapter, auxiliary)
+def aggregated(strategy: Strategy, updates: StoredUpdates) -> Tensors:
+    """The next adapter, from what is in Redis. Raises Unavailable."""
+    with updates:
+        return strategy.aggregate(updates, READ_BLOCK)
 
 
 def sample_cohort(candidates: list[str], run: StoredRun, round_: StoredRound) -> list[str]:

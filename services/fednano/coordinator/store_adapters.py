@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,11 @@ from fednano.coordinator import keys
 from fednano.coordinator.database import Commit, Database
 from fednano.coordinator.fields import StoredRun
 from fednano.coordinator.records import StoredAdapter, Tensors
+from fednano.coordinator.strategies import Span
 from fednano.wire.errors import NotFound
 
 _DIGITS = set("0123456789abcdef")
+ByteRange = tuple[int, int]  # the first byte, and the one after the last
 
 
 def pack_tensors(tensors: Tensors) -> tuple[list[list[Any]], bytes]:
@@ -37,12 +41,38 @@ def unpack_tensors(layout: list[list[Any]], data: bytes) -> Tensors:
     return tensors
 
 
+class Places:
+    """Where `pack_tensors` put each tensor."""
+
+    def __init__(self, layout: list[list[Any]]) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in layout}
+        sizes = [4 * int(np.prod(shape, dtype=np.int64)) for shape in self.shapes.values()]
+        self._starts = dict(zip(self.shapes, accumulate(sizes, initial=0), strict=False))
+
+    def ranges(self, spans: Sequence[Span]) -> tuple[tuple[ByteRange, ...], list[tuple[int, int]]]:
+        """The ranges of bytes to read for `spans`, neighbours joined; and for each span the index
+        of its range and the offset in that."""
+        ranges: list[ByteRange] = []
+        inside = []
+        for span in spans:
+            start, stop = (self._starts[span.name] + 4 * at for at in (span.start, span.stop))
+            if ranges and ranges[-1][1] == start:
+                ranges[-1] = (ranges[-1][0], stop)
+            else:
+                ranges.append((start, stop))
+            inside.append((len(ranges) - 1, start - ranges[-1][0]))
+        return tuple(ranges), inside
+
+
 def make_adapter(tensors: Tensors, scale: float) -> StoredAdapter:
     """Addressed by the SHA-256 of layout, scale and bytes."""
-    layout, data = pack_tensors(tensors)
+    names = sorted(tensors)
+    layout = [[name, list(tensors[name].shape)] for name in names]
     head = json.dumps({"layout": layout, "scale": scale}, separators=(",", ":"))
-    digest = hashlib.sha256(head.encode() + b"\n" + data).hexdigest()
-    return StoredAdapter(digest, scale, tensors)
+    digest = hashlib.sha256(head.encode() + b"\n")
+    for name in names:
+        digest.update(np.ascontiguousarray(tensors[name], "<f4").reshape(-1).data)
+    return StoredAdapter(digest.hexdigest(), scale, tensors)
 
 
 class AdapterStore:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from types import TracebackType
 from typing import Any
 
+import numpy as np
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
 from fednano.coordinator import keys
-from fednano.coordinator.database import Database
+from fednano.coordinator.database import ANSWER_SECONDS, Database
 from fednano.coordinator.records import LedgerRow, Tensors
-from fednano.coordinator.store_adapters import pack_tensors, unpack_tensors
+from fednano.coordinator.store_adapters import ByteRange, Places, pack_tensors
 from fednano.coordinator.store_members import Spent
-from fednano.wire.errors import InvalidRequest, SessionEnded
+from fednano.coordinator.strategies import Floats, Span, mean_of
+from fednano.wire.errors import InvalidRequest, SessionEnded, Unavailable
 
 _CLIENT_FIELDS = ("client_seconds", "server_seconds")
 
@@ -35,6 +45,7 @@ class UpdateMeta:
     metrics: dict[str, float] = field(default_factory=dict)
     auxiliary: list[str] = field(default_factory=list)  # names of those that aren't the adapter
     layout: list[list[Any]] = field(default_factory=list)
+    means: dict[str, float] = field(default_factory=dict)  # of the auxiliary tensors
 
 
 @dataclass(frozen=True)
@@ -65,8 +76,10 @@ class UpdateStore:
         Raises SessionEnded.
         """
         run, number, attempt = sender.run, sender.round, sender.attempt
-        layout, data = ([], b"") if refusal else pack_tensors(tensors)
-        row = asdict(replace(meta, layout=layout))
+        row, data = asdict(meta), b""
+        if not refusal:
+            complete, data = await asyncio.to_thread(packed_update, tensors, meta)
+            row = asdict(complete)
         member = keys.ledger_member(number, sender.client)
         names = [
             keys.run(run),
@@ -130,14 +143,12 @@ class UpdateStore:
         key = keys.submitted(run, number, attempt)
         return bool(await self._db.call("HEXISTS", key, client))
 
-    async def tensors(
-        self, run: str, number: int, attempt: int, client: str, meta: UpdateMeta
-    ) -> Tensors:
-        """An accepted update's tensors, adapter and auxiliary together."""
-        data = await self._db.call("GET", keys.update(run, number, attempt, client))
-        if data is None:
-            raise InvalidRequest(f"the update of {client!r} for round {number} has expired")
-        return unpack_tensors(meta.layout, data)
+    def reading(
+        self, run: str, number: int, attempt: int, accepted: dict[str, UpdateMeta]
+    ) -> StoredUpdates:
+        """The accepted updates, for a strategy."""
+        names = {client: keys.update(run, number, attempt, client) for client in accepted}
+        return StoredUpdates(self._db, accepted, names)
 
     async def evaluations(self, run: str, number: int) -> dict[str, EvaluationMeta]:
         """By client id in order."""
@@ -158,6 +169,121 @@ class UpdateStore:
     async def ledger_totals(self, run: str) -> dict[str, dict[str, int]]:
         found = await self._db.hash(keys.ledger_totals(run))
         return {"sent": _kinds(found, "sent"), "received": _kinds(found, "received")}
+
+
+class StoredUpdates:
+    """A frozen round's updates, by client id in order: a context manager within which threads may
+    read them in ranges.
+
+    They come over blocking connections of their own: several times faster than through the event
+    loop, which serves clients meanwhile.
+    """
+
+    def __init__(
+        self, database: Database, accepted: dict[str, UpdateMeta], names: dict[str, str]
+    ) -> None:
+        self._db = database
+        self._redis = _blocking(database.redis)
+        self._stopped = threading.Event()
+        self._updates = [
+            StoredUpdate(client, meta, names[client], self.fetch)
+            for client, meta in accepted.items()
+        ]
+
+    def __enter__(self) -> StoredUpdates:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._redis.close()
+
+    def __iter__(self) -> Iterator[StoredUpdate]:
+        return iter(self._updates)
+
+    def stop(self) -> None:
+        """Whoever still reads gets Unavailable: nobody waits for the result any more."""
+        self._stopped.set()
+
+    def fetch(self, update: StoredUpdate, ranges: Sequence[ByteRange]) -> list[bytes]:
+        """Those bytes of it. Raises Unavailable, or InvalidRequest for one that is gone."""
+        if self._stopped.is_set():
+            raise Unavailable("the merge was given up")
+        with self._db.translated():
+            pipe = self._redis.pipeline(transaction=False)
+            for start, stop in ranges:
+                pipe.getrange(update.key, start, stop - 1)
+            found: list[bytes] = pipe.execute()
+        if [len(data) for data in found] != [stop - start for start, stop in ranges]:
+            raise InvalidRequest(f"the update of {update.client!r} for this round has expired")
+        return found
+
+
+class StoredUpdate:
+    """One of StoredUpdates, as strategies read it."""
+
+    def __init__(
+        self,
+        client: str,
+        meta: UpdateMeta,
+        key: str,
+        fetch: Callable[[StoredUpdate, Sequence[ByteRange]], list[bytes]],
+    ) -> None:
+        self.client = client
+        self.samples = meta.samples
+        self.key = key
+        self._meta = meta
+        self._places = Places(meta.layout)
+        self._fetch = fetch
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        shapes, auxiliary = self._places.shapes, self._meta.auxiliary
+        return {name: shape for name, shape in shapes.items() if name not in auxiliary}
+
+    def mean(self, name: str) -> float:
+        """As it was when the update came; one that an earlier version stored is read for it."""
+        if name not in self._meta.means:
+            shape = self._places.shapes[name]
+            (whole,) = self.read([Span(name, 0, int(np.prod(shape, dtype=np.int64)))])
+            self._meta.means[name] = mean_of(whole)
+        return self._meta.means[name]
+
+    def read(self, spans: Sequence[Span]) -> Sequence[Floats]:
+        ranges, inside = self._places.ranges(tuple(spans))
+        found = self._fetch(self, ranges)
+        return [
+            np.frombuffer(found[index], "<f4", span.stop - span.start, offset)
+            for span, (index, offset) in zip(spans, inside, strict=True)
+        ]
+
+
+_ADDRESS = ("host", "port", "path", "db", "username", "password", "socket_connect_timeout")
+_BLOCKING: dict[str, Any] = {
+    kind.__name__: kind
+    for kind in (redis.Connection, redis.SSLConnection, redis.UnixDomainSocketConnection)
+}
+
+
+def _blocking(served: redis.asyncio.Redis) -> redis.Redis:
+    """A blocking client of the same server, that gives up as early as the other one."""
+    pool = served.connection_pool
+    known: dict[str, Any] = pool.connection_kwargs
+    given = {name: known[name] for name in known if name in _ADDRESS or name.startswith("ssl_")}
+    given |= {"protocol": 2, "socket_timeout": ANSWER_SECONDS}
+    given["retry"] = Retry(NoBackoff(), 0)  # the leader tries again, and tells
+    kind = _BLOCKING[pool.connection_class.__name__]
+    return redis.Redis.from_pool(redis.ConnectionPool(connection_class=kind, **given))
+
+
+def packed_update(tensors: Tensors, meta: UpdateMeta) -> tuple[UpdateMeta, bytes]:
+    """What is kept of an update: its metadata, complete, and its bytes."""
+    layout, data = pack_tensors(tensors)
+    means = {name: mean_of(tensors[name]) for name in meta.auxiliary}
+    return replace(meta, layout=layout, means=means), data
 
 
 def checked_row(cursor: str) -> str:

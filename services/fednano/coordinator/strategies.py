@@ -1,14 +1,20 @@
 """How updates become the next adapter: pure functions of the updates, in numpy.
 
-`updates` can be iterated again, one is held in memory at a time, and sums are kept in float64.
-The caller iterates in client-id order, so that the bytes don't depend on who arrived first.
+Updates are read in ranges, one behind the other: a block of elements of the first update, the same
+of the second, and so on, then the next block. So what is held is the result and a few blocks, however
+many updates there are and however large they are. Sums are kept in float64. The caller iterates in
+client-id order, so that the bytes don't depend on who arrived first. Blocks don't depend on each
+other: several threads work on one each, and while one waits for what it reads, another adds up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +23,38 @@ from fednano.coordinator.records import Tensors
 from fednano.wire.run_config import StrategyConfig
 
 FISHER = "fisher."
-Sums = dict[str, NDArray[np.float64]]
+BLOCK = 1 << 16  # elements; its sums stay in a cache while all updates are added to them
+_THREADS = 4  # at most: the coordinator has others to serve
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+
+
+class Span(NamedTuple):
+    """Elements `start` to `stop` of one tensor, seen as flat."""
+
+    name: str
+    start: int
+    stop: int
+
+
+class Readable(Protocol):
+    """One client's update, of which no more is read than is asked for."""
+
+    @property
+    def samples(self) -> int: ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of the adapter's tensors."""
+        ...
+
+    def mean(self, name: str) -> float:
+        """Of all elements of an auxiliary tensor, in float64."""
+        ...
+
+    def read(self, spans: Sequence[Span]) -> Sequence[Floats]:
+        """Elements of adapter and auxiliary tensors: one flat array for each span."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -29,6 +66,23 @@ class Update:
     adapter: Tensors
     auxiliary: Tensors
 
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self.adapter.items()}
+
+    @cached_property
+    def _means(self) -> dict[str, float]:
+        return {name: mean_of(tensor) for name, tensor in self.auxiliary.items()}
+
+    def mean(self, name: str) -> float:
+        return self._means[name]
+
+    def read(self, spans: Sequence[Span]) -> Sequence[Floats]:
+        return [self._tensor(s.name).reshape(-1)[s.start : s.stop] for s in spans]
+
+    def _tensor(self, name: str) -> Floats:
+        return self.adapter[name] if name in self.adapter else self.auxiliary[name]
+
 
 class Strategy(Protocol):
     """Merges one round's updates."""
@@ -37,8 +91,9 @@ class Strategy(Protocol):
         """Names of the tensors that must come with an adapter of these names."""
         ...
 
-    def aggregate(self, updates: Iterable[Update]) -> Tensors:
-        """The next adapter. There must be at least one update."""
+    def aggregate(self, updates: Iterable[Readable], block: int = BLOCK) -> Tensors:
+        """The next adapter. There must be at least one update; they are iterated again for every
+        `block` elements, of which larger ones suit updates that are far away."""
         ...
 
 
@@ -52,14 +107,8 @@ class FedAvg:
     def auxiliary(self, names: Iterable[str]) -> tuple[str, ...]:
         return ()
 
-    def aggregate(self, updates: Iterable[Update]) -> Tensors:
-        sums: Sums = {}
-        samples = 0
-        for update in updates:
-            samples += update.samples
-            for name, theta in update.adapter.items():
-                _add(sums, name, update.samples * theta.astype(np.float64))
-        return {name: (total / samples).astype(np.float32) for name, total in sums.items()}
+    def aggregate(self, updates: Iterable[Readable], block: int = BLOCK) -> Tensors:
+        return _merged(updates, block, (), _Mean)
 
 
 @dataclass(frozen=True)
@@ -81,30 +130,8 @@ class FisherMerging:
     def auxiliary(self, names: Iterable[str]) -> tuple[str, ...]:
         return tuple(FISHER + name for name in sorted(names))
 
-    def aggregate(self, updates: Iterable[Update]) -> Tensors:
-        weighted: Sums = {}
-        weights: Sums = {}
-        plain: Sums = {}
-        samples = 0
-        for update in updates:
-            samples += update.samples
-            for name, tensor in update.adapter.items():
-                theta = tensor.astype(np.float64)
-                weight = update.samples * self._importance(update.auxiliary[FISHER + name])
-                _add(weighted, name, weight * theta)
-                _add(weights, name, weight)
-                _add(plain, name, update.samples * theta)
-        return {
-            name: _divide(weighted[name], weights[name], plain[name] / samples) for name in plain
-        }
-
-    def _importance(self, fisher: NDArray[np.float32]) -> NDArray[np.float64]:
-        """F_k + lambda, with F_k scaled where that is asked for."""
-        values = fisher.astype(np.float64)
-        if self.scaled:
-            mean = values.mean()
-            values = values / mean if mean > 0 else np.zeros_like(values)
-        return values + self.damping
+    def aggregate(self, updates: Iterable[Readable], block: int = BLOCK) -> Tensors:
+        return _merged(updates, block, (FISHER,), lambda size: _FisherMean(size, self))
 
 
 def strategy_of(config: StrategyConfig) -> Strategy:
@@ -127,17 +154,133 @@ def initial_adapter(modalities: Iterable[str], rank: int, hidden_size: int, seed
     return tensors
 
 
-def _add(sums: Sums, name: str, values: NDArray[np.float64]) -> None:
-    if name in sums:
-        sums[name] += values
-    else:
-        sums[name] = values.copy()
+def mean_of(tensor: Floats) -> float:
+    """Of all elements, in float64."""
+    return float(tensor.astype(np.float64).mean())
 
 
-def _divide(
-    weighted: NDArray[np.float64], weights: NDArray[np.float64], otherwise: NDArray[np.float64]
-) -> NDArray[np.float32]:
-    """weighted / weights, and `otherwise` where the weights are 0; never NaN."""
-    safe = weights > 0
-    merged = np.where(safe, weighted / np.where(safe, weights, 1), otherwise)
-    return merged.astype(np.float32)
+def blocks(shapes: Mapping[str, tuple[int, ...]], size: int) -> Iterator[tuple[Span, ...]]:
+    """All elements, by name in order, in runs of `size`."""
+    spans: list[Span] = []
+    room = size
+    for name in sorted(shapes):
+        count, start = int(np.prod(shapes[name], dtype=np.int64)), 0
+        while start < count:
+            stop = min(count, start + room)
+            spans.append(Span(name, start, stop))
+            room -= stop - start
+            start = stop
+            if not room:
+                yield tuple(spans)
+                spans, room = [], size
+    if spans:
+        yield tuple(spans)
+
+
+class _Sums(Protocol):
+    """What is added up of one span."""
+
+    def add(self, update: Readable, name: str, at: slice, *values: Floats) -> None:
+        """`values` are elements `at` of the sums: the adapter's, then the auxiliary ones'."""
+        ...
+
+    def result(self, samples: int) -> Floats: ...
+
+
+def _merged(
+    updates: Iterable[Readable],
+    block: int,
+    prefixes: tuple[str, ...],
+    sums_of: Callable[[int], _Sums],
+) -> Tensors:
+    """The adapter, made block by block; `prefixes` name the auxiliary tensors that it takes."""
+    shapes: Mapping[str, tuple[int, ...]] = {}
+    samples = 0
+    for update in updates:
+        shapes, samples = update.shapes, samples + update.samples
+    merged = {name: np.empty(shapes[name], np.float32) for name in shapes}
+
+    def merge(spans: tuple[Span, ...]) -> None:
+        sums = [sums_of(span.stop - span.start) for span in spans]
+        wanted = spans + tuple(s._replace(name=p + s.name) for p in prefixes for s in spans)
+        for update in updates:
+            read = update.read(wanted)
+            for index, span in enumerate(spans):
+                _add(sums[index], update, span, read[index :: len(spans)])
+        for span, total in zip(spans, sums, strict=True):
+            merged[span.name].reshape(-1)[span.start : span.stop] = total.result(samples)
+
+    with ThreadPoolExecutor(merging_threads(), "merge") as threads:
+        for _ in threads.map(merge, blocks(shapes, block)):
+            pass  # raises what a block raised
+    return merged
+
+
+def merging_threads() -> int:
+    """As many as this process may use cores, within bounds."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return min(_THREADS, len(allowed(0)) if allowed else os.cpu_count() or 1)
+
+
+def _add(sums: _Sums, update: Readable, span: Span, values: Sequence[Floats]) -> None:
+    """In pieces that fit into a core's cache."""
+    for start in range(0, span.stop - span.start, BLOCK):
+        at = slice(start, start + BLOCK)
+        sums.add(update, span.name, at, *(each[at] for each in values))
+
+
+def _nothing(size: int) -> Doubles:
+    """What anything may be added to without a change; 0.0 would make 0.0 of -0.0."""
+    return np.full(size, -0.0)
+
+
+class _Mean:
+    def __init__(self, size: int) -> None:
+        self.total = _nothing(size)
+        self._scratch = np.empty(min(size, BLOCK))
+
+    def add(self, update: Readable, name: str, at: slice, *values: Floats) -> None:
+        (theta,) = values
+        product = self._scratch[: len(theta)]
+        np.copyto(product, theta)
+        product *= update.samples
+        self.total[at] += product
+
+    def result(self, samples: int) -> Floats:
+        return (self.total / samples).astype(np.float32)
+
+
+class _FisherMean:
+    def __init__(self, size: int, how: FisherMerging) -> None:
+        self._how = how
+        self._weighted = _nothing(size)
+        self._weights = _nothing(size)
+        # With damping no weight is 0, so nobody will ask for the plain mean.
+        self._plain = None if how.damping else _Mean(size)
+        self._scratch = np.empty((2, min(size, BLOCK)))
+
+    def add(self, update: Readable, name: str, at: slice, *values: Floats) -> None:
+        theta, fisher = values
+        weight, product = self._scratch[:, : len(theta)]
+        np.copyto(weight, fisher)
+        if self._how.scaled:
+            mean = update.mean(FISHER + name)
+            if mean > 0:
+                weight /= mean
+            else:
+                weight.fill(0)
+        weight += self._how.damping
+        weight *= update.samples
+        np.multiply(weight, theta, out=product)
+        self._weighted[at] += product
+        self._weights[at] += weight
+        if self._plain is not None:
+            self._plain.add(update, name, at, theta)
+
+    def result(self, samples: int) -> Floats:
+        """weighted / weights, and the plain mean where the weights are 0; never NaN."""
+        if self._plain is None:
+            return (self._weighted / self._weights).astype(np.float32)
+        safe = self._weights > 0
+        merged = self._weighted / np.where(safe, self._weights, 1)
+        return np.where(safe, merged, self._plain.total / samples).astype(np.float32)

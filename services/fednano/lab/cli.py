@@ -1,4 +1,4 @@
-"""`fednano demo`."""
+"""`fednano demo` and `fednano bench`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+FLOWER_VENV = Path("~/.cache/fednano/flower")
 
 
 def demo_command(
@@ -24,3 +26,25 @@ def demo_command(
 
     demo = Demo(clients, rounds, strategy, partition, seed)
     raise typer.Exit(demo.run(keep, json_file))
+
+
+def bench_command(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="Which.")] = None,
+    show_list: Annotated[bool, typer.Option("--list", help="Show the benches and end.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Smaller sizes; every row states its own.")
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", dir_okay=False, help="Write all figures here.")
+    ] = None,
+    flower_venv: Annotated[
+        Path, typer.Option(help="Flower's own environment; made where it is missing.")
+    ] = FLOWER_VENV,
+) -> None:
+    """Measure speed and memory as ratios, side by side; exit status 1 where a reach is missed."""
+    from fednano.lab.bench.run import list_benches, run_benches
+
+    if show_list:
+        list_benches()
+        return
+    raise typer.Exit(run_benches(names or [], quick, json_file, flower_venv.expanduser()))

@@ -1,0 +1,109 @@
+"""A model as it is measured: whole in this process, and behind a real LLM service over loopback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoConfig
+
+from fednano.client.adapters import NanoAdapters
+from fednano.client.cache import FeatureCache
+from fednano.client.edge import EdgeHalf
+from fednano.client.examples import Example
+from fednano.client.remote import Caller, RemoteLanguageModel
+from fednano.client.replicas import Replicas
+from fednano.coordinator.strategies import initial_adapter
+from fednano.lab.bench.checkpoints import Model
+from fednano.lab.bench.rows import Surroundings
+from fednano.lab.federation import Federation
+from fednano.models.frozen import FrozenLLM
+from fednano.models.llava import LlavaFront
+from fednano.wire.headers import make_header
+from fednano.wire.sessions import Identity, SessionSigner, write_keys
+
+RANK, SCALE = 16, 2.0
+
+
+@dataclass(frozen=True)
+class Service:
+    """One LLM service, and callers of it."""
+
+    address: str
+    private_key: bytes
+
+    @contextmanager
+    def caller(self, client: str) -> Iterator[RemoteLanguageModel]:
+        token, _ = SessionSigner(self.private_key).issue(Identity(client, "site"))
+        replicas = Replicas(self.address)
+        try:
+            yield RemoteLanguageModel(replicas, Caller(lambda: make_header(client), lambda: token))
+        finally:
+            replicas.close()
+
+
+@contextmanager
+def serve(around: Surroundings, model: Model) -> Iterator[Service]:
+    """A process that serves the LLM half, on one thread, in fp32."""
+    folder = around.directory / f"{model.halves.name}-served"
+    folder.mkdir()
+    federation = Federation(folder, around.processes)
+    federation.halves = model.halves
+    private, _ = write_keys(folder / "keys")
+    federation.start_llm(log_level="warning")
+    federation.wait_for("llm")
+    try:
+        yield Service(federation.addresses.llm, private.read_bytes())
+    finally:
+        around.processes.kill("llm")
+
+
+def whole(model: Model) -> FrozenLLM:
+    """The same half in this process, on one thread."""
+    torch.set_num_threads(1)
+    return FrozenLLM.load(model.halves / "llm", device="cpu", dtype="fp32")
+
+
+def new_adapters(hidden: int) -> NanoAdapters:
+    tensors = initial_adapter(("image", "text"), RANK, hidden, seed=0)
+    rng = np.random.default_rng(1)
+    for name in ("image.up", "text.up"):  # as after some training: not zero
+        tensors[name] = rng.normal(0, 0.02, tensors[name].shape).astype(np.float32)
+    return NanoAdapters.from_tensors(tensors, SCALE)
+
+
+def make_examples(count: int, side: int) -> list[Example]:
+    """One image and one short question each."""
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    return [
+        Example(str(index), (Image.fromarray(picture),), "What digit is this?", "seven")
+        for index, picture in enumerate(pictures)
+    ]
+
+
+class EncodedNow(FeatureCache):
+    """Keeps nothing: what a whole-model step does, which encodes its batch every time, at once."""
+
+    def __init__(self, edge_directory: Path) -> None:
+        super().__init__("")
+        config = AutoConfig.from_pretrained(edge_directory, local_files_only=True)
+        self._front = LlavaFront.load(edge_directory, config, torch.float32)
+        self._now: dict[int, torch.Tensor] = {}
+        self.edge: EdgeHalf | None = None
+
+    def encode(self, examples: Sequence[Example]) -> None:
+        assert self.edge is not None
+        images = [image for example in examples for image in example.images]
+        prepare = self.edge.processor.image_processor
+        pixels = prepare(images, return_tensors="pt")["pixel_values"]
+        features = self._front.encode(pixels)
+        self._now = {id(i): f.float() for i, f in zip(images, features, strict=True)}
+
+    def get(self, image: Image.Image, encode: object) -> torch.Tensor:
+        return self._now[id(image)]
