@@ -82,8 +82,8 @@ def test_the_run_of_the_overlay_completes(cluster: Cluster) -> None:
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster) -> list[str]:
     """The adapters' digests, round by round, of a run that nothing happens to."""
-    cluster.create("undisturbed", STEADY)
-    return digests(cluster.run_ends("undisturbed", seconds=400))
+    cluster.create("undisturbed", LONG)
+    return digests(cluster.run_ends("undisturbed", seconds=900))
 
 
 def test_one_of_two_coordinators_leads(cluster: Cluster, undisturbed: list[str]) -> None:
@@ -116,7 +116,7 @@ def test_scaling_the_llm_during_a_run_spreads_the_calls(
     run = cluster.run_ends("scaled", seconds=900)
     served = {name: calls - before[name] for name, calls in cluster.llm_calls().items()}
     say(f"training steps of each from then on: {sorted(served.values())}")
-    assert digests(run)[: len(undisturbed)] == undisturbed
+    assert digests(run) == undisturbed
     assert len(served) == 3
     assert min(served.values()) > 0.25 * sum(served.values())
 
@@ -132,7 +132,7 @@ def test_deleting_pods_during_a_run_changes_no_byte(
         seconds = cluster.delete_pod(name, lambda p=part, c=count: cluster.ready(p, c))  # type: ignore[misc]
         say(f"{part}: {count} ready again {seconds:.0f} s after one was deleted")
     run = cluster.run_ends("deleted", seconds=900)
-    assert digests(run)[: len(undisturbed)] == undisturbed
+    assert digests(run) == undisturbed
 
 
 def test_rolling_out_new_images_during_a_run_changes_no_byte(
@@ -146,7 +146,7 @@ def test_rolling_out_new_images_during_a_run_changes_no_byte(
         cluster.kubectl("set", "image", deployment, f"{part}=fednano/{part}:ci-next")
         cluster.kubectl("rollout", "status", deployment, "--timeout", "300s")
     run = cluster.run_ends("rolled", seconds=900)
-    assert digests(run)[: len(undisturbed)] == undisturbed
+    assert digests(run) == undisturbed
 
 
 def test_a_bad_image_stops_nothing_and_is_undone(cluster: Cluster, undisturbed: list[str]) -> None:
@@ -164,7 +164,7 @@ def test_a_bad_image_stops_nothing_and_is_undone(cluster: Cluster, undisturbed: 
         for pod in cluster.pods(part):
             assert pod["spec"]["containers"][0]["image"] == f"fednano/{part}:ci-next"
     run = cluster.run_ends("bad", seconds=900)
-    assert digests(run)[: len(undisturbed)] == undisturbed
+    assert digests(run) == undisturbed
 
 
 def test_nothing_was_lost_or_failed_on_the_way(cluster: Cluster) -> None:
