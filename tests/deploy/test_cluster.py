@@ -53,18 +53,6 @@ def cluster(
         made.delete()
 
 
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
-    """Writes what was measured to the terminal."""
-
-    def write(text: str) -> None:
-        with capsys.disabled():
-            sys.stdout.write(f"\n  {text}")
-            sys.stdout.flush()
-
-    return write
-
-
 def digests(run: dict[str, Any]) -> list[str]:
     return [found["adapter_digest"] for found in sorted(run["rounds"], key=lambda r: r["number"])]
 

@@ -44,18 +44,6 @@ def stack(
         made.compose("down", "--volumes", "--timeout", "10")
 
 
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
-    """Writes what was measured to the terminal."""
-
-    def write(text: str) -> None:
-        with capsys.disabled():
-            sys.stdout.write(f"\n  {text}")
-            sys.stdout.flush()
-
-    return write
-
-
 def test_the_run_of_the_shipped_file_completes(stack: Stack) -> None:
     run = stack.run_ends("compose", seconds=600)
     assert len(run["members"]) == 4
