@@ -182,7 +182,7 @@ class Logits:
         return self.compute(self.sequences, self.positions)
 
     def part(self, samples: Sequence[int]) -> Logits:
-        raise NotImplementedError
+        raise AssertionError("not divisible, so never asked for")
 
     @classmethod
     def joined(cls, works: Sequence[Logits]) -> Logits:
@@ -202,7 +202,7 @@ class Logits:
     def merged(
         self, results: Sequence[ForwardResult], samples: Sequence[int], lengths: Sequence[int]
     ) -> ForwardResult:
-        raise NotImplementedError
+        raise AssertionError("not divisible, so never asked for")
 
 
 def joined(batches: Sequence[Sequences]) -> Sequences:
