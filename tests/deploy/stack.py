@@ -95,6 +95,10 @@ class Stack:
         )
         return done.stdout.splitlines()
 
+    def waits(self, client: str) -> bool:
+        """Whether it has started and told the coordinator that it would take part in a run."""
+        return any("waiting for a run" in line for line in self.logs(client))
+
     def kill(self, container: str) -> float:
         """SIGKILL from the host to the container's main process: its restart policy must revive it.
 

@@ -170,11 +170,13 @@ def test_stopping_every_part_under_load_takes_less_than_ten_seconds_and_changes_
 
 def test_scaled_to_eight_each_client_has_a_shard_of_its_own(stack: Stack) -> None:
     stack.compose("up", "--detach", "--wait", "--no-recreate", "--scale", "client=8")
+    clients = stack.containers("client")
+    until(lambda: all(map(stack.waits, clients)), "eight clients that wait for a run", 180)
     few = {"rounds": 1, "data": {"limit": 32, "evaluation_limit": 8}}
     quiet = {"clients": 64, "enrol_quiet_seconds": 15}
     stack.create({"name": "eight", **quiet, **few})
     run = stack.run_ends("eight", seconds=300)
-    assert set(run["members"]) == {name[:12] for name in stack.containers("client")}
+    assert set(run["members"]) == {name[:12] for name in clients}
     members = stack.get("/runs/eight/clients")["items"]
     assert sorted(member["shard"] for member in members if member["role"] == "trainer") == [
         *range(8)
