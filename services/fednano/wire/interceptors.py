@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
 else:
     Handler, Context = grpc.RpcMethodHandler, grpc.aio.ServicerContext
-Around = Callable[[Any, Context], AbstractAsyncContextManager[Any]]
-"""Entered with a call's request, or iterator of requests; gives what the method gets in its place."""
+Around = Callable[[Any, Context, Any], AbstractAsyncContextManager[Any]]
+"""Entered with a call's request, or iterator of requests, its context and gRPC's details of it; gives
+what the method gets in the request's place."""
 Authenticate = Callable[[str], Awaitable[Identity]]
 """From a bearer token to who it is; raises Unauthenticated."""
 
@@ -55,20 +56,25 @@ def read_bearer(value: str | bytes | None) -> str:
     return token
 
 
-def _surround(handler: Handler, around: Around) -> Handler:
-    """The same handler with `around` entered for the length of each call."""
+async def _surrounded(continuation: Any, details: Any, around: Around) -> Handler:
+    """What would have served the call, with `around` entered for its length."""
+    handler: Handler = await continuation(details)
+    return handler if handler is None else _surround(handler, details, around)
+
+
+def _surround(handler: Handler, details: Any, around: Around) -> Handler:
     inner: Any = (
         handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
     )
 
     async def reply(request: Any, context: Context) -> Any:
-        async with around(request, context) as given:
+        async with around(request, context, details) as given:
             return await inner(given, context)
 
     async def replies(request: Any, context: Context) -> AsyncIterator[Any]:
         # The inner generator is closed with the call, so that one who hangs up is noticed at once.
         async with (
-            around(request, context) as given,
+            around(request, context, details) as given,
             aclosing(inner(given, context)) as messages,
         ):
             async for message in messages:
@@ -117,17 +123,12 @@ class LogInterceptor(grpc.aio.ServerInterceptor):
     DEBUG tells how it went."""
 
     async def intercept_service(self, continuation: Any, details: Any) -> Handler:
-        handler: Handler = await continuation(details)
-        if handler is None:
-            return handler
-        return _surround(
-            handler, lambda request, context: self._told(request, context, details.method)
-        )
+        return await _surrounded(continuation, details, self._told)
 
     @asynccontextmanager
-    async def _told(self, request: Any, context: Context, method: str) -> AsyncIterator[Any]:
+    async def _told(self, request: Any, context: Context, details: Any) -> AsyncIterator[Any]:
         started = time.perf_counter()
-        known: dict[str, str | int] = {"rpc": method}
+        known: dict[str, str | int] = {"rpc": details.method}
 
         def tell(message: Any) -> None:
             ids = _ids(message)
@@ -154,27 +155,22 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Turns our errors into statuses, and anything else into INTERNAL without its text."""
 
     async def intercept_service(self, continuation: Any, details: Any) -> Handler:
-        handler: Handler = await continuation(details)
-        if handler is None:
-            return handler
-        return _surround(
-            handler, lambda request, context: self._guard(request, context, details.method)
-        )
+        return await _surrounded(continuation, details, self._guard)
 
     @asynccontextmanager
-    async def _guard(self, request: Any, context: Context, method: str) -> AsyncIterator[Any]:
+    async def _guard(self, request: Any, context: Context, details: Any) -> AsyncIterator[Any]:
         try:
             yield request
         except FedNanoError as error:
             # Whoever has no token could fill the log.
             level = logging.DEBUG if isinstance(error, Unauthenticated) else logging.INFO
-            extra = {"rpc": method, "reason": error.detail, **logs.bound_ids()}
+            extra = {"rpc": details.method, "reason": error.detail, **logs.bound_ids()}
             log.log(level, "request refused", extra=extra)
             await context.abort(error.status, error.detail, to_metadata(error))
         except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):
             raise
         except Exception:
-            log.exception("request failed", extra={"rpc": method, **logs.bound_ids()})
+            log.exception("request failed", extra={"rpc": details.method, **logs.bound_ids()})
             await context.abort(grpc.StatusCode.INTERNAL, "internal error; see the service's log")
 
 
@@ -188,13 +184,13 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         handler: Handler = await continuation(details)
         if details.method.startswith(PUBLIC_SERVICES):
             return handler
-        metadata = dict(details.invocation_metadata or ())
         # An unknown method is refused like a known one: no hint of what exists.
         target = handler or grpc.unary_unary_rpc_method_handler(_no_such_method)
-        return _surround(target, lambda request, _: self._enter(request, metadata))
+        return _surround(target, details, self._enter)
 
     @asynccontextmanager
-    async def _enter(self, request: Any, metadata: dict[str, str | bytes]) -> AsyncIterator[Any]:
+    async def _enter(self, request: Any, _: Context, details: Any) -> AsyncIterator[Any]:
+        metadata = _metadata(details)
         identity = await self._authenticate(read_bearer(metadata.get("authorization")))
         _caller.set(identity)  # of this call's own task, so there is nothing to put back
         yield request
@@ -204,20 +200,16 @@ class TraceInterceptor(grpc.aio.ServerInterceptor):
     """A span for each call. Innermost: whoever has no token must not fill the traces."""
 
     async def intercept_service(self, continuation: Any, details: Any) -> Handler:
-        handler: Handler = await continuation(details)
-        if handler is None:
-            return handler
-        metadata = dict(details.invocation_metadata or ())
-        return _surround(
-            handler, lambda request, _: self._traced(request, details.method, metadata)
-        )
+        return await _surrounded(continuation, details, self._traced)
 
     @asynccontextmanager
-    async def _traced(
-        self, request: Any, method: str, metadata: dict[str, str | bytes]
-    ) -> AsyncIterator[Any]:
-        with tracing.serving(method, metadata, logs.bound_ids()):
+    async def _traced(self, request: Any, _: Context, details: Any) -> AsyncIterator[Any]:
+        with tracing.serving(details.method, _metadata(details), logs.bound_ids()):
             yield request
+
+
+def _metadata(details: Any) -> dict[str, str | bytes]:
+    return dict(details.invocation_metadata or ())
 
 
 async def _no_such_method(_: Any, context: Context) -> Any:
