@@ -12,6 +12,7 @@ from fednano.client.cli import ask_command, client_app
 from fednano.coordinator.cli import coordinator
 from fednano.lab.cli import bench_command, demo_command
 from fednano.llm.cli import llm
+from fednano.models.account_cli import account_command
 from fednano.models.cli import export_command, split_command
 from fednano.runs_cli import runs_app, tokens_app
 from fednano.wire.errors import FedNanoError, InvalidRequest
@@ -33,6 +34,7 @@ app.command("split")(split_command)
 app.command("ask")(ask_command)
 app.command("export")(export_command)
 app.command("bench")(bench_command)
+app.command("account")(account_command)
 
 
 def _version(wanted: bool) -> None:
