@@ -68,6 +68,16 @@ def test_text_alone_and_several_images_are_fine(folder: Path) -> None:
     assert sorted(len(e.images) for e in found) == [0, 2]
 
 
+def test_images_are_opened_when_their_example_is_taken(folder: Path) -> None:
+    lines = [{"image": "a.png", "question": f"Q{i}?", "answer": "yes"} for i in range(10)]
+    data = JsonlDataset.read(write(folder / "d.jsonl", lines))
+    (folder / "a.png").unlink()
+    later = data.epoch(0, 1, 0, "c")[4:]
+    assert len(later) == 4
+    with pytest.raises(InvalidRequest, match=r"a\.png: expected an image"):
+        list(later)
+
+
 def test_every_bad_line_is_named(folder: Path) -> None:
     (folder / "no.png").write_text("not an image")
     good = {"image": "a.png", "question": "Q?", "answer": "A"}

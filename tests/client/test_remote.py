@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import grpc
 import pytest
 import torch
 from fednano.client.adapters import NanoAdapters
@@ -25,6 +26,8 @@ from fednano.models.frozen import FrozenLLM
 from fednano.models.language_model import Modality, Sampling
 from fednano.wire.channels import ClientTls
 from fednano.wire.errors import BadTensor, InvalidRequest, Unavailable
+from fednano.wire.llm_pb2 import DescribeReply
+from fednano.wire.llm_pb2_grpc import LanguageModelServicer, add_LanguageModelServicer_to_server
 from fednano.wire.tensor_pb2 import BF16, FP16, INT8, DType
 
 from tests.certificates import make_certificate
@@ -186,6 +189,36 @@ def test_an_answer_survives_the_loss_of_its_replica(
     again.stop()
     assert len(wanted) > 20
     assert found == wanted
+
+
+class Silent(LanguageModelServicer):
+    """Ends every answer before it has begun, as a proxy may that lost its upstream."""
+
+    def __init__(self, card: DescribeReply) -> None:
+        self._card = card
+
+    def Describe(self, request: object, context: object) -> DescribeReply:  # noqa: N802
+        return self._card
+
+    def Generate(self, requests: Iterator[object], context: object) -> Iterator[object]:  # noqa: N802
+        for _ in requests:
+            pass
+        yield from ()
+
+
+def test_an_answer_that_never_begins_is_a_failure_of_the_service(
+    llm: RemoteLanguageModel, batch: Batch, hidden: torch.Tensor
+) -> None:
+    server = grpc.server(ThreadPoolExecutor(2))
+    add_LanguageModelServicer_to_server(Silent(llm.card), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with (
+        remote(port, retry_seconds=0.0) as silent,
+        pytest.raises(Unavailable, match="Generate ended without a reply"),
+    ):
+        list(silent.generate(batch.sequences(hidden), Sampling(4)))
+    server.stop(None).wait()
 
 
 def test_patience_has_an_end(frozen: FrozenLLM, batch: Batch, hidden: torch.Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,9 @@ from fednano.client.coordination import CoordinatorClient
 from fednano.client.datasets import JsonlDataset
 from fednano.client.edge import EdgeHalf
 from fednano.client.examples import Example
+from fednano.client.messages import announced
 from fednano.client.meter import Meter
-from fednano.client.remote import Caller, RemoteLanguageModel, announced
+from fednano.client.remote import Caller, RemoteLanguageModel
 from fednano.client.replicas import Replicas
 from fednano.client.settings import ClientSettings
 from fednano.models.checkpoint import read_record
@@ -96,12 +97,9 @@ class Check:
 
     def _examples(self) -> Found:
         if self.settings.data is None:
-            chosen = [e for d in digits.load_split("train") for e in digits.examples_of(d)]
-            return Found(
-                f"built-in digits: {len(chosen):,} questions, dealt out by the run", chosen
-            )
-        data = JsonlDataset.read(self.settings.data)
-        chosen = data.everything()
+            asked = [e for d in digits.load_split("train") for e in digits.examples_of(d)]
+            return Found(f"built-in digits: {len(asked):,} questions, dealt out by the run", asked)
+        chosen = JsonlDataset.read(self.settings.data).everything()
         return Found(f"{len(chosen):,} examples in {self.settings.data}", chosen)
 
     def _disk(self) -> str:
@@ -138,7 +136,7 @@ class Check:
 
     def _measure(self, edge: Found, examples: Found, rank: int) -> str:
         half: EdgeHalf = edge.value
-        chosen: list[Example] = examples.value
+        chosen: Sequence[Example] = examples.value
         looked: list[Prepared] = [half.prepare(e) for e in chosen[:_LOOKED_AT]]
         batch = Batch.of(looked)
         tokens, hidden = len(batch.base) / len(batch), half.record.hidden_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fednano.client.settings import ClientSettings
 from fednano.settings import option
@@ -122,7 +124,8 @@ def check_command(
     settings.set_threads()
     from fednano.client.check import Check
 
-    report = Check(settings).run(rank)
+    with Meanwhile():
+        report = Check(settings).run(rank)
     if as_json:
         typer.echo(json.dumps({"ok": report.ok, **asdict(report)}, indent=2))
     else:
@@ -130,14 +133,36 @@ def check_command(
     raise typer.Exit(0 if report.ok else 1)
 
 
+class Meanwhile(logging.Handler):
+    """What is logged while something is checked, as lines like those of the findings, on standard
+    error: a service that is asked again is one."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+
+    def __enter__(self) -> None:
+        logging.getLogger().addHandler(self)
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger().removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        detail = " ".join(str(getattr(record, "reason", "")).split())
+        _print_line(Console(stderr=True), "[yellow]...[/]", record.getMessage(), detail)
+
+
+def _print_line(console: Console, mark: str, name: str, detail: str) -> None:
+    line = Text.from_markup(mark).append(" ").append(name, "bold")
+    console.print(line.append(f": {detail}" if detail else ""), soft_wrap=True)
+
+
 def _show(report: Report) -> None:
     from fednano.client.check import human_bytes
 
     console = Console()
     for finding in report.findings:
-        mark = "[green]ok[/]  " if finding.ok else "[red]bad[/] "
-        console.print(f"{mark}[bold]{finding.name}[/]: ", end="")
-        console.print(finding.detail, markup=False, highlight=False)
+        mark = "[green]ok[/] " if finding.ok else "[red]bad[/]"
+        _print_line(console, mark, finding.name, finding.detail)
     if report.outflow:
         table = Table("kind", "bytes", "per", "what", title="What would leave this machine")
         for row in report.outflow:

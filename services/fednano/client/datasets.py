@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -33,11 +33,11 @@ class Dataset(Protocol):
         """Samples to train on."""
         ...
 
-    def epoch(self, seed: int, round_number: int, epoch: int, client: str) -> list[Example]:
+    def epoch(self, seed: int, round_number: int, epoch: int, client: str) -> Sequence[Example]:
         """A training epoch, in an order that is a function of the arguments alone."""
         ...
 
-    def held_back(self) -> list[Example]:
+    def held_back(self) -> Sequence[Example]:
         """What the client is scored on."""
         ...
 
@@ -111,7 +111,7 @@ class JsonlLine(BaseModel):
 
 @dataclass(frozen=True)
 class JsonlDataset:
-    """A site's own examples; images are opened when they are needed."""
+    """A site's own examples."""
 
     path: Path
     training: Sequence[JsonlLine]
@@ -133,21 +133,41 @@ class JsonlDataset:
     def __len__(self) -> int:
         return len(self.training)
 
-    def epoch(self, seed: int, round_number: int, epoch: int, client: str) -> list[Example]:
+    def epoch(self, seed: int, round_number: int, epoch: int, client: str) -> Sequence[Example]:
         """Every example once."""
         entropy = [seed, round_number, epoch, zlib.crc32(client.encode())]
         order = np.random.default_rng(entropy).permutation(len(self.training))
-        return [self._example(self.training[i]) for i in order]
+        return Unopened(self.path.parent, [self.training[i] for i in order])
 
-    def held_back(self) -> list[Example]:
-        return [self._example(line) for line in self.kept]
+    def held_back(self) -> Sequence[Example]:
+        return Unopened(self.path.parent, self.kept)
 
-    def everything(self) -> list[Example]:
+    def everything(self) -> Sequence[Example]:
         """For an evaluator, which never trains."""
-        return [self._example(line) for line in (*self.training, *self.kept)]
+        return Unopened(self.path.parent, [*self.training, *self.kept])
 
-    def _example(self, line: JsonlLine) -> Example:
-        images = tuple(open_image(self.path.parent / name) for name in line.paths)
+
+@dataclass(frozen=True)
+class Unopened(Sequence[Example]):
+    """Examples whose images are opened whenever one is taken: memory need not hold all of them."""
+
+    folder: Path
+    lines: Sequence[JsonlLine]
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Unopened: ...
+
+    def __getitem__(self, index: int | slice) -> Example | Unopened:
+        if isinstance(index, slice):
+            return Unopened(self.folder, self.lines[index])
+        line = self.lines[index]
+        images = tuple(open_image(self.folder / name) for name in line.paths)
         return Example(line.id, images, line.question, line.answer, line.kind)
 
 

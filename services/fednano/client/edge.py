@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -66,6 +67,8 @@ class EdgeHalf:
         self._cache = cache if cache is not None else FeatureCache(self.record.fingerprint)
         table = load_file(directory / EMBEDDINGS)["embeddings"] if self.record.embeddings else None
         self._rows = EmbeddingRows(llm, table)
+        # While a batch is answered the next one is prepared: what one encodes, the other need not.
+        self._one_at_a_time = threading.Lock()
         # Private data repeats its questions and answers: each is tokenised once.
         self._prompt_ids = lru_cache(_REMEMBERED)(self._tokenised_prompt)
         self._answer_ids = lru_cache(_REMEMBERED)(self._tokenised_answer)
@@ -87,6 +90,10 @@ class EdgeHalf:
 
         The prompt is the checkpoint's chat template with a turn for the assistant opened.
         """
+        with self._one_at_a_time:
+            return self._prepared(example, with_answer)
+
+    def _prepared(self, example: Example, with_answer: bool) -> Prepared:
         prompt = self._prompt_ids(example.question, len(example.images))
         answer = self._answer_ids(example.answer) if with_answer else []
         features = [self.features(image) for image in example.images]

@@ -8,16 +8,27 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import TypeVar
 
 import torch
 
-from fednano.client.remote import RemoteLanguageModel, Sent, samples_of
+from fednano.client.messages import low_rank_size, samples_of
+from fednano.client.portions import Portion, cut, joined
+from fednano.client.remote import RemoteLanguageModel, Sent, losses
 from fednano.client.replicas import Replica
 from fednano.models.factored import Factored, FactoredGradient, base_digest
-from fednano.models.language_model import LowRank, Modality, NewToken, Sampling, ScoreResult
+from fednano.models.language_model import (
+    LowRank,
+    Modality,
+    NewToken,
+    Sampling,
+    ScoreResult,
+    Sequences,
+)
 from fednano.wire import codec, llm_pb2, torch_codec
 from fednano.wire.errors import FedNanoError, UnknownBase, Unsupported
 from fednano.wire.tensor_pb2 import FP32, DType, Header, TensorSpec
@@ -77,13 +88,13 @@ class FactoredLanguageModel:
         """Loss and gradient of sum_i weights[i] * loss_i. `sent.base` is `as_held`."""
 
         def by_factors() -> FactoredStep:
-            result, values = self._remote.stepped(self._sent(sent), labels, weights, want_fisher)
-            gradient = _gradient(result.gradient.factored, values)
-            return FactoredStep(
-                torch.from_numpy(codec.decode(result.loss_sums).copy()),
-                torch.from_numpy(codec.decode(result.token_counts).copy()),
-                gradient,
-            )
+            found = [
+                self._remote.stepped(portion, labels, weights, want_fisher)
+                for portion in self._sent(sent)
+            ]
+            loss_sums, counts = losses([result for result, _ in found])
+            parts = [_gradient(result.gradient.factored, values) for result, values in found]
+            return FactoredStep(loss_sums, counts, _together(parts))
 
         def densely() -> FactoredStep:
             reply = self._remote.step(sent.dense(), labels, weights)
@@ -103,18 +114,19 @@ class FactoredLanguageModel:
         self, sent: Factored, sampling: Sampling, text_adapter: LowRank | None = None
     ) -> Iterator[list[NewToken]]:
         """As LanguageModel.generate."""
-        written = 0
+        written: Counter[int] = Counter()  # by sample
         if time.monotonic() >= self._dense_until:
+            portions = self._sent(sent, low_rank_size(text_adapter))
             try:
-                for tokens in self._remote.generated(self._sent(sent), sampling, text_adapter):
-                    written += 1
+                for tokens in self._remote.generated(portions, sampling, text_adapter):
+                    written.update(token.sample for token in tokens)
                     yield tokens
                 return
             except (NoRoom, Unsupported) as error:
                 self._give_up(error)
-        for index, tokens in enumerate(self._remote.generate(sent.dense(), sampling, text_adapter)):
-            if index >= written:
-                yield tokens
+        for tokens in self._remote.generate(sent.dense(), sampling, text_adapter):
+            if unseen := _unseen(tokens, written):
+                yield unseen
 
     def forget(self) -> None:
         """Has every replica delete what was uploaded; what can't be reached forgets by itself."""
@@ -140,23 +152,33 @@ class FactoredLanguageModel:
         extra = {"reason": str(error), "seconds": _DENSE_SECONDS}
         log.warning("the dense wire is used instead", extra=extra)
 
-    def _sent(self, sent: Factored) -> Sent:
+    def _sent(self, sent: Factored, beside: int = 0) -> Iterator[Sent]:
+        """In portions that fit, of which each has every W; see `RemoteLanguageModel.sent`."""
+        dtype, rank = self.wire_dtype, sent.left.shape[-1]
+        sizes = [codec.byte_size(dtype, (length, rank)) for length in sent.lengths]
+        beside += sum(codec.byte_size(dtype, w.shape) for w in sent.right.values())
+        for portion in cut(sent.lengths, sizes, self._remote.card.limits, beside):
+            yield self._portion(sent, portion)
+
+    def _portion(self, sent: Factored, portion: Portion) -> Sent:
         """U, then each W by its modality's number; the bases by their digests."""
-        dtype = self.wire_dtype
-        bases = _bases(sent, dtype, self._remote.fingerprint)
+        dtype, left = self.wire_dtype, sent.left[portion.tokens]
+        segments = sent.segments[portion.samples]
+        base = portion.of(Sequences(sent.base, sent.segments))
+        bases = _bases(base, dtype, self._remote.fingerprint)
         right = {int(m): sent.right[m] for m in sorted(sent.right)}
         form = llm_pb2.FactoredForm(
             bases=[base.digest for base in bases],
-            left=torch_codec.spec_of("left", sent.left, dtype),
+            left=torch_codec.spec_of("left", left, dtype),
             right={m: torch_codec.spec_of(f"right.{m}", w, dtype) for m, w in right.items()},
         )
-        embeddings = llm_pb2.Embeddings(samples=samples_of(sent.segments), factored=form)
-        body = [torch_codec.pack(tensor, dtype) for tensor in (sent.left, *right.values())]
+        embeddings = llm_pb2.Embeddings(samples=samples_of(segments), factored=form)
+        body = [torch_codec.pack(tensor, dtype) for tensor in (left, *right.values())]
 
         def around(replica: Replica, call: Callable[[], T]) -> T:
             return self._with_bases(replica, call, bases)
 
-        return Sent(embeddings, body, around)
+        return Sent(embeddings, body, portion, around)
 
     def _with_bases(self, replica: Replica, call: Callable[[], T], bases: Sequence[Base]) -> T:
         """`call()`, again after what this replica lacks has been uploaded. Raises NoRoom."""
@@ -217,9 +239,9 @@ def as_held(base: torch.Tensor, dtype: DType) -> torch.Tensor:
     return torch_codec.to_torch(dtype, spec.shape, torch_codec.pack(base, dtype)).float()
 
 
-def _bases(sent: Factored, dtype: DType, fingerprint: str) -> list[Base]:
+def _bases(base: Sequences, dtype: DType, fingerprint: str) -> list[Base]:
     found = []
-    for x in sent.base.split(list(sent.lengths)):
+    for x in base.values.split(list(base.lengths)):
         spec, data = torch_codec.spec_of("base", x, dtype), torch_codec.pack(x, dtype)
         found.append(Base(base_digest(fingerprint, spec, data), spec, data))
     return found
@@ -243,3 +265,27 @@ def _gradient(form: llm_pb2.FactoredGradient, values: list[torch.Tensor]) -> Fac
     left = next(rest)
     right = {Modality(m): next(rest) for m in sorted(form.right)}
     return FactoredGradient(left, right, {Modality(m): next(rest) for m in sorted(form.fisher)})
+
+
+def _unseen(tokens: Sequence[NewToken], written: Counter[int]) -> list[NewToken]:
+    """What is new of an answer that is written again; the rest is taken off what was `written`."""
+    unseen = []
+    for token in tokens:
+        if written[token.sample]:
+            written[token.sample] -= 1
+        else:
+            unseen.append(token)
+    return unseen
+
+
+def _together(parts: Sequence[FactoredGradient]) -> FactoredGradient:
+    """Of a whole batch: dL/dU is a matter of each token, the others are sums over samples."""
+    return FactoredGradient(
+        joined([part.left for part in parts]),
+        _added([part.right for part in parts]),
+        _added([part.fisher for part in parts]),
+    )
+
+
+def _added(parts: Sequence[dict[Modality, torch.Tensor]]) -> dict[Modality, torch.Tensor]:
+    return {m: reduce(torch.add, [part[m] for part in parts]) for m in parts[0]}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import cross_entropy
 
+from fednano.client.portions import WHOLE, Limited, joined
 from fednano.models.language_model import IGNORED, LanguageModel, Sequences, StepResult
 
 
@@ -21,7 +22,22 @@ def predicting_positions(sequences: Sequences, labels: torch.Tensor) -> torch.Te
 def client_side_step(
     llm: LanguageModel, sequences: Sequences, labels: torch.Tensor, weights: torch.Tensor
 ) -> StepResult:
-    """The same as `llm.step`, in two round trips."""
+    """The same as `llm.step`, in two round trips for each portion that the LLM takes at once."""
+    portions = llm.portions(sequences, labels) if isinstance(llm, Limited) else [WHOLE]
+    found = [
+        _step(llm, portion.of(sequences), labels[portion.tokens], weights[portion.samples])
+        for portion in portions
+    ]
+    return StepResult(
+        joined([part.loss_sums for part in found]),
+        joined([part.token_counts for part in found]),
+        joined([part.gradient for part in found]),
+    )
+
+
+def _step(
+    llm: LanguageModel, sequences: Sequences, labels: torch.Tensor, weights: torch.Tensor
+) -> StepResult:
     positions = predicting_positions(sequences, labels)
     reply = llm.forward(sequences, positions)
     logits = reply.logits.clone().requires_grad_()  # [labelled, vocabulary]

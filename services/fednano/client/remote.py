@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Protocol, TypeVar
 
@@ -14,21 +14,31 @@ import torch
 
 from fednano.client.calls import Caller as Caller
 from fednano.client.calls import Calls
+from fednano.client.messages import (
+    announced,
+    gradient_specs,
+    integers,
+    low_rank,
+    low_rank_size,
+    sampling_of,
+    tensor,
+)
 from fednano.client.meter import Meter
+from fednano.client.portions import WHOLE, Portion, cut, joined
 from fednano.client.replicas import Replica, Replicas
 from fednano.models.language_model import (
+    IGNORED,
     ForwardResult,
     LowRank,
     NewToken,
     Sampling,
     ScoreResult,
-    Segment,
     Sequences,
     StepResult,
 )
 from fednano.wire import codec, llm_pb2, torch_codec
-from fednano.wire.errors import RETRYABLE, UnknownActivation
-from fednano.wire.tensor_pb2 import FP32, DType, Header, Tensor, TensorSpec
+from fednano.wire.errors import RETRYABLE, Unavailable, UnknownActivation
+from fednano.wire.tensor_pb2 import FP32, DType, Header
 
 log = logging.getLogger(__name__)
 
@@ -47,15 +57,23 @@ def _plainly(replica: Replica, call: Callable[[], T]) -> T:
 
 @dataclass(frozen=True)
 class Sent:
-    """Embeddings as they travel: the first message's part, and the bytes that follow."""
+    """Embeddings as they travel in one request: the first message's part, and the bytes that follow."""
 
     embeddings: llm_pb2.Embeddings
     body: list[codec.Buffer]
+    portion: Portion = WHOLE
+    """Of a batch: which part of it these are."""
     around: Around = _plainly
 
 
+Stepped = tuple[llm_pb2.ForwardBackwardResult, list[torch.Tensor]]
+"""A reply, and its gradient's tensors in the order of `gradient_specs`."""
+
+
 class RemoteLanguageModel:
-    """Embeddings travel in dense form. See `Calls` for what becomes of failures."""
+    """Embeddings travel in dense form, in as many requests as the service's limits ask for: where a
+    sample alone is too much, InvalidRequest is raised before anything is sent. See `Calls` for what
+    becomes of failures."""
 
     def __init__(
         self,
@@ -110,25 +128,24 @@ class RemoteLanguageModel:
         return self.calls.retried(request.header, call)
 
     def step(self, sequences: Sequences, labels: torch.Tensor, weights: torch.Tensor) -> StepResult:
-        result, values = self.stepped(self.sent(sequences), labels, weights)
-        return StepResult(_tensor(result.loss_sums), _tensor(result.token_counts), values[0])
+        found = [self.stepped(sent, labels, weights) for sent in self.sent(sequences)]
+        loss_sums, counts = losses([result for result, _ in found])
+        return StepResult(loss_sums, counts, joined([values[0] for _, values in found]))
 
     def stepped(
         self, sent: Sent, labels: torch.Tensor, weights: torch.Tensor, want_fisher: bool = False
-    ) -> tuple[llm_pb2.ForwardBackwardResult, list[torch.Tensor]]:
-        """`step` for embeddings of any form: the reply, and the gradient's tensors in its order."""
+    ) -> Stepped:
+        """`step` for a portion in any form, of a batch with these labels and weights."""
         head = llm_pb2.ForwardBackwardHead(
             header=self.header(),
             embeddings=sent.embeddings,
-            labels=_integers(labels),
-            weights=codec.encode(weights.float().numpy()),
+            labels=integers(labels[sent.portion.tokens]),
+            weights=codec.encode(weights[sent.portion.samples].float().numpy()),
             want_fisher=want_fisher,
             gradient_dtype=self.wire_dtype,
         )
 
-        def call(
-            replica: Replica,
-        ) -> tuple[llm_pb2.ForwardBackwardResult, list[torch.Tensor]]:
+        def call(replica: Replica) -> Stepped:
             requests = self.calls.stream(
                 "ForwardBackward", llm_pb2.ForwardBackwardRequest, head, sent.body
             )
@@ -145,23 +162,27 @@ class RemoteLanguageModel:
     def score(self, sequences: Sequences, labels: torch.Tensor) -> ScoreResult:
         return self.scored(self.sent(sequences), labels)
 
-    def scored(self, sent: Sent, labels: torch.Tensor) -> ScoreResult:
+    def scored(self, portions: Iterable[Sent], labels: torch.Tensor) -> ScoreResult:
         """`score` for embeddings of any form."""
-        head = llm_pb2.ScoreHead(
-            header=self.header(), embeddings=sent.embeddings, labels=_integers(labels)
+        found = [self._scored(sent, labels[sent.portion.tokens]) for sent in portions]
+        return ScoreResult(
+            joined([tensor(reply.loss_sums) for reply in found]),
+            joined([tensor(reply.token_counts) for reply in found]),
+            joined([tensor(reply.correct_counts) for reply in found]),
         )
 
-        def call(replica: Replica) -> ScoreResult:
+    def _scored(self, sent: Sent, labels: torch.Tensor) -> llm_pb2.ScoreReply:
+        head = llm_pb2.ScoreHead(
+            header=self.header(), embeddings=sent.embeddings, labels=integers(labels)
+        )
+
+        def call(replica: Replica) -> llm_pb2.ScoreReply:
             requests = self.calls.stream("Score", llm_pb2.ScoreRequest, head, sent.body)
             with self.calls.calling("Score", head.header) as options:
                 reply = replica.stub.Score(requests, **options)
             self.calls.meter.add("received", "control", reply.ByteSize())
             self.calls.spent(reply.spent)
-            return ScoreResult(
-                _tensor(reply.loss_sums),
-                _tensor(reply.token_counts),
-                _tensor(reply.correct_counts),
-            )
+            return reply
 
         return self.calls.retried(head.header, lambda at: sent.around(at, lambda: call(at)))
 
@@ -170,8 +191,8 @@ class RemoteLanguageModel:
     ) -> ForwardResult:
         head = llm_pb2.ForwardHead(
             header=self.header(),
-            embeddings=self._embeddings(sequences),
-            positions=_integers(positions),
+            embeddings=announced(sequences, self.wire_dtype),
+            positions=integers(positions),
             keep=keep,
         )
         body = [torch_codec.pack(sequences.values, self.wire_dtype)]
@@ -226,8 +247,8 @@ class RemoteLanguageModel:
         body = [torch_codec.pack(logits_gradient, FP32)]
         if again is not None:
             sequences, positions = again
-            head.embeddings.CopyFrom(self._embeddings(sequences))
-            head.positions.CopyFrom(_integers(positions))
+            head.embeddings.CopyFrom(announced(sequences, self.wire_dtype))
+            head.positions.CopyFrom(integers(positions))
             body.append(torch_codec.pack(sequences.values, self.wire_dtype))
         requests = self.calls.stream("Backward", llm_pb2.BackwardRequest, head, body)
         with self.calls.calling("Backward", header) as options:
@@ -238,28 +259,32 @@ class RemoteLanguageModel:
     def generate(
         self, sequences: Sequences, sampling: Sampling, text_adapter: LowRank | None = None
     ) -> Iterator[list[NewToken]]:
-        return self.generated(self.sent(sequences), sampling, text_adapter)
+        portions = self.sent(sequences, low_rank_size(text_adapter))
+        return self.generated(portions, sampling, text_adapter)
 
     def generated(
-        self, sent: Sent, sampling: Sampling, text_adapter: LowRank | None = None
+        self, portions: Iterable[Sent], sampling: Sampling, text_adapter: LowRank | None = None
     ) -> Iterator[list[NewToken]]:
-        """`generate` for embeddings of any form. Where a replica is lost in mid-answer the same
-        request is written again elsewhere, and what has been handed out is skipped: equal requests
-        give equal tokens."""
+        """`generate` for embeddings of any form, one portion after the other."""
+        for sent in portions:
+            first = sent.portion.samples.start or 0
+            for tokens in self._answered(sent, first, sampling, text_adapter):
+                yield [replace(token, sample=first + token.sample) for token in tokens]
+
+    def _answered(
+        self, sent: Sent, first: int, sampling: Sampling, text_adapter: LowRank | None
+    ) -> Iterator[list[NewToken]]:
+        """Where a replica is lost in mid-answer the same request is written again elsewhere, and what
+        has been handed out is skipped: equal requests give equal tokens."""
         head = llm_pb2.GenerateHead(
             header=self.header(),
             embeddings=sent.embeddings,
-            sampling=llm_pb2.Sampling(
-                max_new_tokens=sampling.max_new_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                seed=sampling.seed,
-                stop_ids=sampling.stop_ids,
-            ),
+            # Samples draw by their place in a request: those of two portions must not draw alike.
+            sampling=sampling_of(sampling, sampling.seed + first),
         )
         body = list(sent.body)
         if text_adapter is not None:
-            head.text_adapter.CopyFrom(_low_rank(text_adapter))
+            head.text_adapter.CopyFrom(low_rank(text_adapter))
             body += [torch_codec.pack(t, FP32) for t in (text_adapter.down, text_adapter.up)]
 
         written = 0
@@ -284,7 +309,10 @@ class RemoteLanguageModel:
 
         def begun() -> Iterator[llm_pb2.GenerateReply]:
             replies = self._replies(replica, head, body)
-            return chain([next(replies)], replies)
+            first = next(replies, None)
+            if first is None:
+                raise Unavailable("Generate ended without a reply")
+            return chain([first], replies)
 
         yield from around(replica, begun)
 
@@ -306,57 +334,31 @@ class RemoteLanguageModel:
         header.fingerprint = self.fingerprint
         return header
 
-    def sent(self, sequences: Sequences) -> Sent:
-        """Dense embeddings as they travel."""
-        body = [torch_codec.pack(sequences.values, self.wire_dtype)]
-        return Sent(announced(sequences, self.wire_dtype), body)
+    def portions(self, sequences: Sequences, labels: torch.Tensor) -> list[Portion]:
+        """For a loss of the client's own: what can be sent together with the logits of its labels, as
+        Backward has to where an activation is gone."""
+        lengths = list(sequences.lengths)
+        wanted = [int((part != IGNORED).sum()) for part in labels.split(lengths)]
+        sizes = [
+            size + codec.byte_size(FP32, (count, self.card.vocabulary))
+            for size, count in zip(self._sizes(sequences), wanted, strict=True)
+        ]
+        return cut(lengths, sizes, self.card.limits)
 
-    def _embeddings(self, sequences: Sequences) -> llm_pb2.Embeddings:
-        return announced(sequences, self.wire_dtype)
+    def sent(self, sequences: Sequences, beside: int = 0) -> Iterator[Sent]:
+        """Dense embeddings as they travel, with `beside` bytes of something else in each request."""
+        for portion in cut(sequences.lengths, self._sizes(sequences), self.card.limits, beside):
+            part = portion.of(sequences)
+            body = [torch_codec.pack(part.values, self.wire_dtype)]
+            yield Sent(announced(part, self.wire_dtype), body, portion)
 
-
-def announced(sequences: Sequences, dtype: DType) -> llm_pb2.Embeddings:
-    """The first message's part of a batch; its values follow in chunks."""
-    spec = torch_codec.spec_of("embeddings", sequences.values, dtype)
-    dense = llm_pb2.DenseForm(values=spec)
-    return llm_pb2.Embeddings(samples=samples_of(sequences.segments), dense=dense)
-
-
-def samples_of(segments: tuple[tuple[Segment, ...], ...]) -> list[llm_pb2.Sample]:
-    """Where which tokens are."""
-    return [
-        llm_pb2.Sample(
-            segments=[
-                llm_pb2.Segment(
-                    modality=llm_pb2.Modality.Name(s.modality), start=s.start, length=s.length
-                )
-                for s in sample
-            ]
-        )
-        for sample in segments
-    ]
+    def _sizes(self, sequences: Sequences) -> list[int]:
+        """Bytes of each sample."""
+        width = sequences.values.shape[-1]
+        return [codec.byte_size(self.wire_dtype, (n, width)) for n in sequences.lengths]
 
 
-def gradient_specs(gradient: llm_pb2.Gradient) -> list[TensorSpec]:
-    """The tensors of a gradient in the order in which their bytes come: dense, or dL/dU, each dL/dW
-    and each Fisher part by their modality's number."""
-    if gradient.WhichOneof("form") == "dense":
-        return [gradient.dense.values]
-    found = gradient.factored
-    return [found.left, *(specs[m] for specs in (found.right, found.fisher) for m in sorted(specs))]
-
-
-def _integers(tensor: torch.Tensor) -> Tensor:
-    return codec.encode(tensor.to(torch.int32).numpy())
-
-
-def _tensor(message: Tensor) -> torch.Tensor:
-    return torch.from_numpy(codec.decode(message).copy())
-
-
-def _low_rank(adapter: LowRank) -> llm_pb2.LowRank:
-    return llm_pb2.LowRank(
-        down=torch_codec.spec_of("down", adapter.down, FP32),
-        up=torch_codec.spec_of("up", adapter.up, FP32),
-        scale=adapter.scale,
-    )
+def losses(results: Sequence[llm_pb2.ForwardBackwardResult]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of every sample: the sum over its labelled tokens, and how many they are."""
+    sums = joined([tensor(result.loss_sums) for result in results])
+    return sums, joined([tensor(result.token_counts) for result in results])

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from fednano.client.adapters import NanoAdapters, Tensors
+from fednano.client.ahead import one_ahead
 from fednano.client.batches import Batch
 from fednano.client.edge import EdgeHalf, NanoEdge
 from fednano.client.examples import Example
 from fednano.client.factored import FactoredLanguageModel
 from fednano.client.fisher import FisherEstimate
 from fednano.client.wires import Crossed, DenseWire, FactoredWire, Wire
-from fednano.models.language_model import LanguageModel, Modality, Sampling
+from fednano.models.language_model import LanguageModel, Modality, Sampling, ScoreResult
 from fednano.wire.run_config import TrainingConfig
 
 FisherMode = Literal["none", "last-epoch", "extra-pass"]
@@ -48,6 +49,16 @@ class EvaluationResult:
 
 
 @dataclass(frozen=True)
+class Ready:
+    """A batch that only lacks the adapters."""
+
+    examples: Sequence[Example]
+    batch: Batch
+    share: float  # of the work that lies before it
+    number: int = 0  # of the pass
+
+
+@dataclass(frozen=True)
 class Trainer:
     """Trains adapters for one client against a frozen LLM, wherever that runs."""
 
@@ -76,27 +87,37 @@ class Trainer:
         wire = self._wire(settings.loss)
         passes = settings.epochs + (fisher == "extra-pass")
         losses: list[float] = []
-        examples: Sequence[Example] = ()
-        for number in range(passes):
-            learning = number < settings.epochs
-            if learning:
-                examples, losses = epochs(number), []
-            batches = _batches(examples, settings.batch_size)
-            for index, chosen in enumerate(batches):
-                progress((number + index / len(batches)) / passes)
-                batch = Batch.of([self.edge.prepare(example) for example in chosen])
-                last = number == passes - 1 and fisher != "none"
-                crossed = _step(nano, batch, wire, estimate if last else None)
-                if learning:
+        with one_ahead(self._passes(epochs, settings, passes)) as batches:
+            for ready in batches:
+                progress(ready.share)
+                last = ready.number == passes - 1 and fisher != "none"
+                crossed = _step(nano, ready.batch, wire, estimate if last else None)
+                if ready.number < settings.epochs:
                     _learn(nano, crossed, optimizer, settings.max_grad_norm)
+                if ready.number == settings.epochs - 1:
                     losses += (crossed.loss_sums / crossed.token_counts).tolist()
         return TrainResult(
             adapter=adapters.to_tensors(),
             fisher=estimate.mean() if fisher != "none" else {},
-            samples=len(examples),
-            loss=sum(losses) / len(losses),
+            samples=len(losses),
+            loss=_mean(losses),
             seconds=time.perf_counter() - start,
         )
+
+    def _passes(self, epochs: Epochs, settings: TrainingConfig, passes: int) -> Iterator[Ready]:
+        """Every batch of all passes; what comes after the last epoch has its examples again."""
+        examples: Sequence[Example] = ()
+        for number in range(passes):
+            if number < settings.epochs:
+                examples = epochs(number)
+            for ready in self._ready(examples, settings.batch_size):
+                yield replace(ready, number=number, share=(number + ready.share) / passes)
+
+    def _ready(self, examples: Sequence[Example], size: int) -> Iterator[Ready]:
+        for start in range(0, len(examples), size):
+            chosen = list(examples[start : start + size])  # opens their images
+            batch = Batch.of([self.edge.prepare(example) for example in chosen])
+            yield Ready(chosen, batch, start / len(examples))
 
     def _wire(self, loss: str = "server") -> Wire:
         return FactoredWire(self.factored) if self.factored else DenseWire(self.llm, loss)
@@ -119,18 +140,12 @@ class Trainer:
         hits: list[tuple[str, bool]] = []
         losses: list[float] = []
         nano = NanoEdge(adapters)
-        for index, chosen in enumerate(batches := _batches(examples, batch_size)):
-            progress(index / len(batches))
-            scored = Batch.of([self.edge.prepare(example) for example in chosen])
-            score = self._wire().score(nano, scored)
-            losses += (score.loss_sums / score.token_counts).tolist()
-            written = score.token_counts <= max_new_tokens
-            sure = ((score.correct_counts == score.token_counts) & written).tolist()
-            unsure = [example for example, is_sure in zip(chosen, sure, strict=True) if not is_sure]
-            hits += [(e.kind, True) for e, is_sure in zip(chosen, sure, strict=True) if is_sure]
-            answers = self.answers(adapters, unsure, Sampling(max_new_tokens)) if unsure else []
-            for example, answer in zip(unsure, answers, strict=True):
-                hits.append((example.kind, _same(answer, example.answer)))
+        with one_ahead(self._ready(examples, batch_size)) as batches:
+            for ready in batches:
+                progress(ready.share)
+                score = self._wire().score(nano, ready.batch)
+                losses += (score.loss_sums / score.token_counts).tolist()
+                hits += self._hits(adapters, ready.examples, score, max_new_tokens)
         kinds = sorted({kind for kind, _ in hits if kind})
         return EvaluationResult(
             accuracy=_mean([hit for _, hit in hits]),
@@ -138,6 +153,22 @@ class Trainer:
             samples=len(hits),
             by_kind={k: _mean([hit for kind, hit in hits if kind == k]) for k in kinds},
         )
+
+    def _hits(
+        self,
+        adapters: NanoAdapters,
+        examples: Sequence[Example],
+        score: ScoreResult,
+        max_new_tokens: int,
+    ) -> Iterator[tuple[str, bool]]:
+        """Kind of question and whether the answer is right: of the sure ones, then of the others."""
+        written = score.token_counts <= max_new_tokens
+        sure = ((score.correct_counts == score.token_counts) & written).tolist()
+        yield from ((e.kind, True) for e, is_sure in zip(examples, sure, strict=True) if is_sure)
+        unsure = [example for example, is_sure in zip(examples, sure, strict=True) if not is_sure]
+        answers = self.answers(adapters, unsure, Sampling(max_new_tokens)) if unsure else []
+        for example, answer in zip(unsure, answers, strict=True):
+            yield example.kind, _same(answer, example.answer)
 
     def answers(
         self, adapters: NanoAdapters, examples: Sequence[Example], sampling: Sampling
@@ -176,10 +207,6 @@ def _learn(
     if max_grad_norm:
         torch.nn.utils.clip_grad_norm_(nano.parameters(), max_grad_norm)
     optimizer.step()
-
-
-def _batches(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
-    return [examples[start : start + size] for start in range(0, len(examples), size)]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fednano.client.adapters import NanoAdapters
@@ -78,7 +79,7 @@ class Worker:
         for result in found.values():
             _log_reply("evaluation", reply, accuracy=round(result.accuracy, 4))
 
-    def _evaluated(self, digest: str, examples: list[Example]) -> EvaluationResult:
+    def _evaluated(self, digest: str, examples: Sequence[Example]) -> EvaluationResult:
         base = self._adapter(digest)
         return self.trainer.evaluate(
             NanoAdapters.from_tensors(base.tensors, base.scale),
@@ -110,7 +111,7 @@ class Worker:
             self._dataset = (shard, of), dealt
         return self._dataset[1]
 
-    def _evaluation_examples(self, task: pb.EvaluateTask) -> list[Example]:
+    def _evaluation_examples(self, task: pb.EvaluateTask) -> Sequence[Example]:
         config = self.member.config
         if not self.evaluator:
             return self._data(task.shard, task.of).held_back()

@@ -1,0 +1,73 @@
+"""What the client says to the LLM service, in the words of the contract."""
+
+from __future__ import annotations
+
+import torch
+
+from fednano.models.language_model import LowRank, Sampling, Segment, Sequences
+from fednano.wire import codec, llm_pb2, torch_codec
+from fednano.wire.tensor_pb2 import FP32, DType, Tensor, TensorSpec
+
+
+def announced(sequences: Sequences, dtype: DType) -> llm_pb2.Embeddings:
+    """The first message's part of a batch; its values follow in chunks."""
+    spec = torch_codec.spec_of("embeddings", sequences.values, dtype)
+    dense = llm_pb2.DenseForm(values=spec)
+    return llm_pb2.Embeddings(samples=samples_of(sequences.segments), dense=dense)
+
+
+def samples_of(segments: tuple[tuple[Segment, ...], ...]) -> list[llm_pb2.Sample]:
+    """Where which tokens are."""
+    return [
+        llm_pb2.Sample(
+            segments=[
+                llm_pb2.Segment(
+                    modality=llm_pb2.Modality.Name(s.modality), start=s.start, length=s.length
+                )
+                for s in sample
+            ]
+        )
+        for sample in segments
+    ]
+
+
+def gradient_specs(gradient: llm_pb2.Gradient) -> list[TensorSpec]:
+    """The tensors of a gradient in the order in which their bytes come: dense, or dL/dU, each dL/dW
+    and each Fisher part by their modality's number."""
+    if gradient.WhichOneof("form") == "dense":
+        return [gradient.dense.values]
+    found = gradient.factored
+    return [found.left, *(specs[m] for specs in (found.right, found.fisher) for m in sorted(specs))]
+
+
+def sampling_of(sampling: Sampling, seed: int) -> llm_pb2.Sampling:
+    return llm_pb2.Sampling(
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=seed,
+        stop_ids=sampling.stop_ids,
+    )
+
+
+def low_rank(adapter: LowRank) -> llm_pb2.LowRank:
+    """A text adapter, whose tensors' bytes follow those of the embeddings."""
+    return llm_pb2.LowRank(
+        down=torch_codec.spec_of("down", adapter.down, FP32),
+        up=torch_codec.spec_of("up", adapter.up, FP32),
+        scale=adapter.scale,
+    )
+
+
+def low_rank_size(adapter: LowRank | None) -> int:
+    """Those bytes."""
+    shapes = (adapter.down.shape, adapter.up.shape) if adapter else ()
+    return sum(codec.byte_size(FP32, shape) for shape in shapes)
+
+
+def integers(tensor: torch.Tensor) -> Tensor:
+    return codec.encode(tensor.to(torch.int32).numpy())
+
+
+def tensor(message: Tensor) -> torch.Tensor:
+    return torch.from_numpy(codec.decode(message).copy())
