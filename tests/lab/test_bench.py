@@ -6,9 +6,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -17,9 +21,12 @@ import pytest
 from fednano.lab.bench import flower_worker
 from fednano.lab.bench.merge_worker import Job, main, run_job
 from fednano.lab.bench.registry import BENCHES, chosen
-from fednano.lab.bench.rows import Reach, Row
+from fednano.lab.bench.rows import Reach, Row, Surroundings
 from fednano.lab.bench.run import run_benches
-from fednano.lab.processes import FEDNANO
+from fednano.lab.bench.served import Service
+from fednano.lab.bench.slow_link import link
+from fednano.lab.bench.wide import whole_llava
+from fednano.lab.processes import FEDNANO, Processes
 from fednano.wire.errors import InvalidRequest
 
 pytestmark = pytest.mark.timeout(400)
@@ -83,6 +90,58 @@ def test_simulated_clients_lose_no_update(tmp_path: Path) -> None:
     assert parts["acknowledged"] == parts["in rounds"] == parts["in ledger"] == 300
 
 
+@pytest.mark.slow
+def test_the_factored_wire_is_measured_in_the_shape_of_a_large_model(tmp_path: Path) -> None:
+    traffic, upload, gradients = figures("wire", tmp_path)[0]
+    sizes = traffic["parts"]
+    assert sizes["dense, sent"] > 16 * 700 * 4096 * 2 > sizes["factored, sent"] * 30
+    both = {w: sizes[f"{w}, sent"] + sizes[f"{w}, received"] for w in ("dense", "factored")}
+    assert traffic["figure"] == pytest.approx(both["factored"] / both["dense"])
+    assert traffic["met"]
+    assert upload["parts"]["uploaded once, bytes a sample"] > 700 * 4096 * 2
+    assert 0 < gradients["figure"] <= 10  # 0 would be something compared with itself
+    assert len(gradients["parts"]) == 4
+
+
+def test_a_slow_link_carries_every_byte_and_is_never_faster_than_it_says(tmp_path: Path) -> None:
+    """No load makes it faster, so a lower bound holds on a busy machine too."""
+    sent = np.random.default_rng(0).bytes(100_000)
+    with Processes(tmp_path) as processes, echo() as port:
+        around = Surroundings(tmp_path, processes, True, tmp_path, print)
+        with link(around, Service(f"127.0.0.1:{port}", b""), rate=20) as far:
+            there = int(far.address.rpartition(":")[2])
+            start = time.monotonic()
+            with socket.create_connection(("127.0.0.1", there), timeout=60) as connection:
+                connection.sendall(sent)
+                connection.shutdown(socket.SHUT_WR)
+                came = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+            took = time.monotonic() - start
+    assert came == sent
+    assert took >= len(sent) * 8 / 20e6 + 0.040
+
+
+@contextmanager
+def echo() -> Iterator[int]:
+    """Sends back what one connection brings, until that ends."""
+
+    def answer() -> None:
+        connection, _ = listening.accept()
+        with connection:
+            for piece in iter(lambda: connection.recv(1 << 16), b""):
+                connection.sendall(piece)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = Thread(target=answer, daemon=True)
+        thread.start()
+        yield listening.getsockname()[1]
+        thread.join(60)
+
+
+def test_the_large_model_that_is_compared_with_has_its_published_size() -> None:
+    assert whole_llava().parameters == 7_063_427_072
+    assert whole_llava().bytes == 2 * 7_063_427_072
+
+
 def test_the_list_names_every_bench() -> None:
     printed, _ = bench("--list").communicate(timeout=60)
     assert all(each.name in printed and each.reach.split()[0] in printed for each in BENCHES)
@@ -91,7 +150,7 @@ def test_the_list_names_every_bench() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["sprint"], "NAME: expected one of step, step-cached, clients"),
+        (["sprint"], "NAME: expected one of step, step-cached, wire"),
         ([], "NAME: expected one or more of step"),
         (["step", "--json", "/no/such/folder/f.json"], "--json: expected a file in a directory"),
     ],

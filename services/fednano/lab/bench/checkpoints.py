@@ -14,6 +14,7 @@ from transformers import (
     LlavaProcessor,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.utils.logging import disable_progress_bar
 
 from fednano.lab.federation import TINY_MODEL
 from fednano.lab.tiny_llava import CHAT_TEMPLATE, EOS, IMAGE, PAD, build_tokenizer
@@ -47,11 +48,12 @@ def tiny(directory: Path) -> Model:
 def hundred(directory: Path) -> Model:
     """A random LLaVA of about 100 M parameters, a quarter of them the vision tower; made anew each
     time from the same seed, as its weights don't matter and would weigh 400 MB."""
+    disable_progress_bar()
     whole, halves = directory / "100m-whole", directory / "100m"
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(_config()).float().eval()
     model.save_pretrained(whole)
-    _processor().save_pretrained(whole)
+    build_processor(_SIDE, _PATCH).save_pretrained(whole)
     return Model("100 M", halves, _SIDE, split(whole, halves))
 
 
@@ -89,18 +91,19 @@ def _config() -> LlavaConfig:
     )
 
 
-def _processor() -> LlavaProcessor:
+def build_processor(side: int, patch: int) -> LlavaProcessor:
+    """For images of `side` pixels, cut into patches; the tiny model's words."""
     half = [0.5, 0.5, 0.5]
     images = CLIPImageProcessorPil(
-        size={"shortest_edge": _SIDE},
-        crop_size={"height": _SIDE, "width": _SIDE},
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
         image_mean=half,
         image_std=half,
     )
     return LlavaProcessor(
         image_processor=images,
         tokenizer=build_tokenizer(),
-        patch_size=_PATCH,
+        patch_size=patch,
         vision_feature_select_strategy="default",
         chat_template=CHAT_TEMPLATE,
         num_additional_image_tokens=1,

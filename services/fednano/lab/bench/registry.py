@@ -20,8 +20,26 @@ def _step_cached() -> Measure:
     return measure_cached
 
 
+def _wire() -> Measure:
+    from fednano.lab.bench.wire import measure
+
+    return measure
+
+
+def _slow_link() -> Measure:
+    from fednano.lab.bench.slow_link import measure
+
+    return measure
+
+
 def _clients() -> Measure:
     from fednano.lab.bench.clients import measure
+
+    return measure
+
+
+def _fairness() -> Measure:
+    from fednano.lab.bench.fairness import measure
 
     return measure
 
@@ -34,6 +52,18 @@ def _aggregate() -> Measure:
 
 def _coordinator() -> Measure:
     from fednano.lab.bench.coordinator import measure
+
+    return measure
+
+
+def _client_memory() -> Measure:
+    from fednano.lab.bench.client_memory import measure
+
+    return measure
+
+
+def _federation() -> Measure:
+    from fednano.lab.bench.federation import measure
 
     return measure
 
@@ -52,10 +82,28 @@ BENCHES = (
         _step_cached,
     ),
     Bench(
+        "wire",
+        "bytes per step, factored / dense, LLaVA-1.5-7B's shape; their gradients",
+        "at most 1/30; relative difference at most 1e-5",
+        _wire,
+    ),
+    Bench(
+        "slow-link",
+        "seconds per step at 20, 100 and 1000 Mbit/s and 40 ms round trip, factored and dense",
+        "at most loopback + bytes/rate + round trip + 10 %",
+        _slow_link,
+    ),
+    Bench(
         "clients",
         "samples/s of 1 to 16 clients on one LLM / one large batch in one process",
         "GPU: at least 0.9; CPU: never below 1 client alone",
         _clients,
+    ),
+    Bench(
+        "fairness",
+        "p95 of small clients' steps beside one with huge batches / alone",
+        "at most 3",
+        _fairness,
     ),
     Bench(
         "aggregate",
@@ -68,6 +116,18 @@ BENCHES = (
         "simulated clients long-polling, fetching and submitting on one coordinator",
         "p99 of NextTask at most 250 ms beyond its wait; nothing lost",
         _coordinator,
+    ),
+    Bench(
+        "client-memory",
+        "disk of a client / of LLaVA-1.5-7B; its peak memory, beside the theoretical",
+        "disk at most 5 %; memory is stated",
+        _client_memory,
+    ),
+    Bench(
+        "federation",
+        "time, bytes and client memory to reach an accuracy: this project / PEFT LoRA in Flower",
+        "at most 1 in bytes and client memory; time stated",
+        _federation,
     ),
 )
 

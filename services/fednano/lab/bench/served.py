@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from fednano.client.adapters import NanoAdapters
 from fednano.client.cache import FeatureCache
 from fednano.client.edge import EdgeHalf
 from fednano.client.examples import Example
+from fednano.client.meter import Meter
 from fednano.client.remote import Caller, RemoteLanguageModel
 from fednano.client.replicas import Replicas
 from fednano.coordinator.strategies import initial_adapter
@@ -26,6 +27,7 @@ from fednano.models.frozen import FrozenLLM
 from fednano.models.llava import LlavaFront
 from fednano.wire.headers import make_header
 from fednano.wire.sessions import Identity, SessionSigner, write_keys
+from fednano.wire.tensor_pb2 import FP32, DType
 
 RANK, SCALE = 16, 2.0
 
@@ -38,13 +40,19 @@ class Service:
     private_key: bytes
 
     @contextmanager
-    def caller(self, client: str) -> Iterator[RemoteLanguageModel]:
-        token, _ = SessionSigner(self.private_key).issue(Identity(client, "site"))
+    def caller(self, client: str, wire_dtype: DType = FP32) -> Iterator[RemoteLanguageModel]:
+        token = self.token(client)
         replicas = Replicas(self.address)
+        caller = Caller(lambda: make_header(client), lambda: token)
         try:
-            yield RemoteLanguageModel(replicas, Caller(lambda: make_header(client), lambda: token))
+            yield RemoteLanguageModel(replicas, caller, wire_dtype=wire_dtype)
         finally:
             replicas.close()
+
+    def token(self, client: str) -> str:
+        """What a client shows to the service."""
+        token, _ = SessionSigner(self.private_key).issue(Identity(client, "site"))
+        return token
 
 
 @contextmanager
@@ -69,12 +77,12 @@ def whole(model: Model) -> FrozenLLM:
     return FrozenLLM.load(model.halves / "llm", device="cpu", dtype="fp32")
 
 
-def new_adapters(hidden: int) -> NanoAdapters:
-    tensors = initial_adapter(("image", "text"), RANK, hidden, seed=0)
+def new_adapters(hidden: int, rank: int = RANK, scale: float = SCALE) -> NanoAdapters:
+    tensors = initial_adapter(("image", "text"), rank, hidden, seed=0)
     rng = np.random.default_rng(1)
     for name in ("image.up", "text.up"):  # as after some training: not zero
         tensors[name] = rng.normal(0, 0.02, tensors[name].shape).astype(np.float32)
-    return NanoAdapters.from_tensors(tensors, SCALE)
+    return NanoAdapters.from_tensors(tensors, scale)
 
 
 def make_examples(count: int, side: int) -> list[Example]:
@@ -85,6 +93,21 @@ def make_examples(count: int, side: int) -> list[Example]:
         Example(str(index), (Image.fromarray(picture),), "What digit is this?", "seven")
         for index, picture in enumerate(pictures)
     ]
+
+
+def make_long_examples(edge: EdgeHalf, count: int, side: int, tokens: int) -> list[Example]:
+    """The same with a question that makes `tokens` of each, image and answer included."""
+    examples = make_examples(count, side)
+    question = examples[0].question
+    missing = tokens - len(edge.prepare(examples[0]).base)
+    assert missing >= 0, "the image alone has more tokens"
+    return [replace(example, question=question + " digit" * missing) for example in examples]
+
+
+def taken_bytes(meter: Meter) -> tuple[int, int]:
+    """Sent and received since the last time."""
+    costs = meter.take()
+    return sum(costs.sent_bytes.values()), sum(costs.received_bytes.values())
 
 
 class EncodedNow(FeatureCache):
