@@ -7,11 +7,12 @@ from collections import Counter
 import pytest
 import torch
 from fednano.llm.batcher import Batcher
-from fednano.llm.batches import Budget, Joined, out_of_memory
+from fednano.llm.batches import Budget, Joined
 from fednano.llm.jobs import Call, Joinable, Sender
 from fednano.llm.joining import Scores
 from fednano.llm.shares import Shares
 from fednano.models.language_model import Modality, Segment, Sequences
+from fednano.models.memory import out_of_memory
 
 
 class Clock:

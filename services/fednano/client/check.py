@@ -19,6 +19,7 @@ from fednano.client.remote import Caller, RemoteLanguageModel
 from fednano.client.replicas import Replicas
 from fednano.client.settings import ClientSettings
 from fednano.models.checkpoint import read_record
+from fednano.models.compute import unquantised
 from fednano.wire.errors import FedNanoError, InvalidRequest, WrongModel
 from fednano.wire.tensor_pb2 import FP32
 
@@ -129,7 +130,7 @@ class Check:
         caller = Caller(coordinator.header, lambda: token)
         llm = RemoteLanguageModel(replicas, caller, Meter(), retry_seconds=5)
         record = read_record(self.settings.edge, "edge")
-        if llm.fingerprint != record.fingerprint:
+        if unquantised(llm.fingerprint) != record.fingerprint:
             raise WrongModel(f"fingerprint: expected {record.fingerprint}, got {llm.fingerprint}")
         detail = f"{self.settings.llm} serves {llm.card.name} with the same fingerprint"
         return Found(detail, EdgeHalf(self.settings.edge, llm))

@@ -21,6 +21,7 @@ from fednano.client.batches import Batch, Prepared
 from fednano.client.cache import FeatureCache
 from fednano.client.examples import Example
 from fednano.models.checkpoint import HalfRecord, read_record
+from fednano.models.compute import unquantised
 from fednano.models.factored import Factored
 from fednano.models.language_model import IGNORED, LanguageModel, Modality, Segment
 from fednano.models.llava import LlavaFront
@@ -58,7 +59,7 @@ class EdgeHalf:
         """Raises InvalidRequest where `directory` is no edge half, or not of the LLM's model."""
         disable_progress_bar()
         self.record: HalfRecord = read_record(directory, "edge")
-        if llm.fingerprint != self.record.fingerprint:
+        if unquantised(llm.fingerprint) != self.record.fingerprint:
             raise InvalidRequest.of("model fingerprint", llm.fingerprint, self.record.fingerprint)
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         self.processor: Any = AutoProcessor.from_pretrained(directory, local_files_only=True)

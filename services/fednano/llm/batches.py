@@ -9,14 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-
 from fednano.llm.jobs import Call, Job, Joinable, Kind, Turn, Writing
 from fednano.llm.joining import Work, padded
+from fednano.models.memory import free_memory, out_of_memory
 
 log = logging.getLogger(__name__)
-
-_NO_MEMORY = ("can't allocate memory", "out of memory")  # as torch says it of a CPU's
 
 
 class Batch(Protocol):
@@ -195,19 +192,6 @@ def _turn(ended: bool, written: Any) -> Turn[Any]:
     if isinstance(written, Exception):
         return Turn(ended=True, error=written)
     return Turn([written], ended=ended)
-
-
-def out_of_memory(error: Exception) -> bool:
-    """On a GPU it has a type of its own; on a CPU it is a RuntimeError that says so."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
-
-
-def free_memory() -> None:
-    """Gives back what torch holds for later."""
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 def _without_frames(error: Exception) -> Exception:

@@ -13,7 +13,6 @@ import torch
 from google.protobuf.message import Message
 
 from fednano.llm.bases import Owner
-from fednano.llm.batches import out_of_memory
 from fednano.llm.incoming import Incoming
 from fednano.llm.jobs import Job, Sender
 from fednano.llm.jobs import Kind as Priority
@@ -23,6 +22,7 @@ from fednano.llm.requests import Announced, Limits, Received
 from fednano.llm.worker import Worker
 from fednano.models.generation import Answer, Write
 from fednano.models.language_model import NewToken
+from fednano.models.memory import out_of_memory
 from fednano.wire import codec, torch_codec
 from fednano.wire.errors import Busy, PermissionDenied, Problem
 from fednano.wire.headers import check_header

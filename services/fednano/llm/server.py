@@ -34,6 +34,7 @@ from fednano.llm.settings import LlmSettings
 from fednano.llm.uploads import Uploads
 from fednano.llm.worker import Worker
 from fednano.models.activations import Activations
+from fednano.models.compute import Compute
 from fednano.models.frozen import FrozenLLM
 from fednano.models.parallel import Spread, rank
 from fednano.wire import llm_pb2, llm_pb2_grpc
@@ -140,8 +141,7 @@ class LlmServer:
         reflection.enable_server_reflection(
             (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
         )
-        dtype = str(engine.dtype).removeprefix("torch.")
-        metrics.describe(__version__, engine.device.type, dtype, engine.parameters)
+        metrics.describe(__version__, engine.device.type, engine.precision, engine.parameters)
         metrics.watch(lambda: self._worker.depth, lambda: len(engine.activations))
 
     def _listen_for_metrics(self) -> int:
@@ -227,25 +227,41 @@ def run(settings: LlmSettings) -> None:
     """Serves until SIGTERM or SIGINT. Raises FedNanoError where that can't begin, or not go on."""
     check_listeners(settings)
     settings.verifier()
-    spread = Spread(settings.device_map, settings.tensor_parallel)
+    spread, compute = spread_of(settings), compute_of(settings)
     spread.check(settings.device)
+    compute.check(spread)
     logs.configure(settings.service, settings.log_json, settings.log_level)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     disable_progress_bar()
     replica = settings.name or f"{socket.gethostname()}-{uuid.uuid4().hex[:6]}"
     if not settings.tensor_parallel:
-        asyncio.run(_serve(settings, _load(FrozenLLM, settings, spread, replica), replica))
+        asyncio.run(_serve(settings, load(FrozenLLM, settings, replica), replica))
     elif rank() == 0:
-        _lead(settings, _load(LeadingLLM, settings, spread, replica), replica)
+        _lead(settings, load(LeadingLLM, settings, replica), replica)
     else:
-        follow(_load(FrozenLLM, settings, spread, replica))
+        follow(load(FrozenLLM, settings, replica))
 
 
-def _load(kind: type[Engine], settings: LlmSettings, spread: Spread, replica: str) -> Engine:
-    activations = Activations(replica, settings.activation_tokens, settings.activation_seconds)
+def spread_of(settings: LlmSettings) -> Spread:
+    return Spread(settings.device_map, settings.tensor_parallel)
+
+
+def compute_of(settings: LlmSettings) -> Compute:
+    return Compute(
+        settings.attention, settings.weights, settings.gradient_checkpointing, settings.compile
+    )
+
+
+def load(kind: type[Engine], settings: LlmSettings, replica: str) -> Engine:
+    """The model that `settings` name, as they say. Raises what FrozenLLM.load raises."""
     return kind.load(
-        settings.model, settings.device, settings.dtype, activations=activations, spread=spread
+        settings.model,
+        settings.device,
+        settings.dtype,
+        activations=Activations(replica, settings.activation_tokens, settings.activation_seconds),
+        spread=spread_of(settings),
+        compute=compute_of(settings),
     )
 
 
@@ -284,7 +300,7 @@ def _log_ready(ports: Ports, engine: FrozenLLM, replica: str) -> None:
             "model": engine.name,
             "fingerprint": engine.fingerprint,
             "device": str(engine.device),
-            "dtype": str(engine.dtype).removeprefix("torch."),
+            "dtype": engine.precision,
             "replica": replica,
         },
     )

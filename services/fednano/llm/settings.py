@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
+from fednano.models.choices import Attention, Checkpointing, Weights
 from fednano.settings import ListenerTls
 from fednano.wire.sessions import SessionVerifier
 
@@ -40,6 +41,22 @@ class LlmSettings(ListenerTls):
     )
     tensor_parallel: bool = Field(
         False, description="a part of each layer on every rank that torchrun started"
+    )
+    attention: Attention = Field(
+        "auto", description="its implementation; auto: the family's own choice, sdpa for most"
+    )
+    weights: Weights = Field(
+        "auto",
+        description="of the linear layers: int8 (torchao) or nf4, 4 bits (bitsandbytes), made from the"
+        " checkpoint's while loading; auto: as dtype says",
+    )
+    gradient_checkpointing: Checkpointing = Field(
+        "auto",
+        description="layers are computed again on the way back rather than kept: less memory, more"
+        " time, the same bytes; auto: where one sample does not fit otherwise, and with int8",
+    )
+    compile: bool = Field(
+        False, description="layers by torch.compile; needs a C++ compiler, and time at first use"
     )
     threads: int = Field(0, ge=0, description="CPU threads of one computation; 0: torch's choice")
     queue: int = Field(64, ge=1, description="requests that may wait; more are refused as busy")

@@ -6,9 +6,10 @@ embeddings or soft-cap logits are right by construction.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -16,6 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fednano.models import checkpoint
 from fednano.models.activations import Activation, Activations
+from fednano.models.choices import Checkpointing
+from fednano.models.compute import AS_MADE, Compute, quantisation, quantised
 from fednano.models.generation import Answer, Plan, Written, write
 from fednano.models.language_model import (
     ForwardResult,
@@ -26,10 +29,15 @@ from fednano.models.language_model import (
     Sequences,
     StepResult,
 )
+from fednano.models.layers import compile_layers, layers
+from fednano.models.memory import free_memory, out_of_memory, recomputed
 from fednano.models.padding import Padding, Predictions
 from fednano.models.parallel import ONE_DEVICE, Spread, home
 from fednano.wire.errors import InvalidRequest, UnknownActivation
 
+log = logging.getLogger(__name__)
+
+R = TypeVar("R")
 DeviceName = Literal["auto", "cpu", "cuda"]
 DTypeName = Literal["auto", "fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,6 +64,7 @@ class FrozenLLM:
         if activations is None:
             activations = Activations("local", tokens=1 << 16, seconds=600)
         self.activations = activations
+        self._recompute: Checkpointing = "auto"
 
     @classmethod
     def load(
@@ -66,26 +75,41 @@ class FrozenLLM:
         fingerprint: str | None = None,
         activations: Activations | None = None,
         spread: Spread = ONE_DEVICE,
+        compute: Compute = AS_MADE,
     ) -> Self:
         """The causal LM in `directory`: the half that `fednano split` wrote, or a stock checkpoint.
 
-        `fingerprint` replaces the recorded one; a stock checkpoint's is computed. Raises
-        InvalidRequest where there is no such model, or no such device, or it can't be spread so.
+        `fingerprint` replaces the recorded one; a stock checkpoint's is computed. Quantised weights
+        are part of it. Raises InvalidRequest where there is no such model, or no such device, or it
+        can't be spread or computed so.
         """
+        compute.check(spread)
         name, found = directory.resolve().name, fingerprint
         if (directory / checkpoint.RECORD).is_file():
             record = checkpoint.read_record(directory, "llm")
             name, found = record.name, fingerprint or record.fingerprint
         place = pick_device(device)
         found = found or checkpoint.fingerprint(directory)
-        options = spread.options(directory)
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                directory, local_files_only=True, dtype=pick_dtype(dtype, place), **options
+        options = spread.options(directory) | compute.options(place, pick_dtype(dtype, place))
+        model = _from_pretrained(directory, dtype=pick_dtype(dtype, place), **options)
+        placed = model if "device_map" in options or spread.tensor_parallel else model.to(place)
+        engine = cls(placed, quantised(found, compute.weights), name, activations)
+        engine.recompute(compute.recomputes(spread))
+        if compute.compile:
+            compile_layers(model)
+        return engine
+
+    def recompute(self, when: Checkpointing) -> None:
+        """When layers are computed again on the way back, so that less is kept for it; auto: where
+        one sample's graph does not fit. The results are the same bytes.
+
+        Raises InvalidRequest where the family's layers can't be.
+        """
+        if when == "on" and not layers(self._model):
+            raise InvalidRequest.of(
+                "gradient_checkpointing", "a family whose layers transformers marks", self.name
             )
-        except (OSError, ValueError) as error:
-            raise InvalidRequest.of("model", "a causal language model", error) from error
-        return cls(model if options else model.to(place), found, name, activations)
+        self._recompute = when
 
     @property
     def fingerprint(self) -> str:
@@ -113,6 +137,11 @@ class FrozenLLM:
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = self._model.dtype
         return dtype
+
+    @property
+    def precision(self) -> str:
+        """As people are told: the dtype, and what its weights were quantised to, as bfloat16+nf4."""
+        return quantised(str(self.dtype).removeprefix("torch."), quantisation(self._fingerprint))
 
     @property
     def device(self) -> torch.device:
@@ -145,16 +174,8 @@ class FrozenLLM:
 
     def step(self, sequences: Sequences, labels: torch.Tensor, weights: torch.Tensor) -> StepResult:
         """Loss and gradient in one go: one forward, one backward, to the inputs only."""
-        padding = self._padding(sequences)
-        values = self._leaf(sequences)
-        predictions = padding.predictions(labels)
-        with torch.enable_grad():
-            losses, _ = self._losses(values, padding, predictions)
-            sums = predictions.sums(losses)
-            total = sums @ weights.to(sums)
-            gradient = _gradient(total, values)
-        home = sequences.values.device
-        return StepResult(sums.detach().to(home), _counts(predictions).to(home), gradient.to(home))
+        divisible = len(sequences.lengths) > 1  # smaller batches cost less than computing again
+        return self._with_graph(lambda: self._step(sequences, labels, weights), divisible)
 
     @torch.inference_mode()
     def score(self, sequences: Sequences, labels: torch.Tensor) -> ScoreResult:
@@ -208,9 +229,7 @@ class FrozenLLM:
 
     def activate(self, sequences: Sequences, positions: torch.Tensor) -> Activation:
         """A forward pass with its graph, from which `descend` goes back, once."""
-        values = self._leaf(sequences)
-        with torch.enable_grad():
-            return Activation(values, self._logits(values, self._padding(sequences), positions))
+        return self._with_graph(lambda: self._activate(sequences, positions))
 
     def descend(self, activation: Activation, logits_gradient: torch.Tensor) -> torch.Tensor:
         """logits_gradient [wanted, vocabulary] to the gradient [tokens, hidden]."""
@@ -249,6 +268,39 @@ class FrozenLLM:
         """
         return write(self._model, answers)
 
+    def _with_graph(self, compute: Callable[[], R], divisible: bool = False) -> R:
+        """Once more with layers computed again on the way back, where that is the last resort."""
+        if self._recompute != "on":
+            try:
+                return compute()
+            except Exception as error:
+                last = self._recompute == "auto" and not divisible and layers(self._model)
+                if not last or not out_of_memory(error):
+                    raise
+            free_memory()  # out here: the error's frames hold tensors
+            log.warning("layers computed again for want of memory")
+        with recomputed(self._model):
+            return compute()
+
+    def _step(
+        self, sequences: Sequences, labels: torch.Tensor, weights: torch.Tensor
+    ) -> StepResult:
+        padding = self._padding(sequences)
+        values = self._leaf(sequences)
+        predictions = padding.predictions(labels)
+        with torch.enable_grad():
+            losses, _ = self._losses(values, padding, predictions)
+            sums = predictions.sums(losses)
+            total = sums @ weights.to(sums)
+            gradient = _gradient(total, values)
+        home = sequences.values.device
+        return StepResult(sums.detach().to(home), _counts(predictions).to(home), gradient.to(home))
+
+    def _activate(self, sequences: Sequences, positions: torch.Tensor) -> Activation:
+        values = self._leaf(sequences)
+        with torch.enable_grad():
+            return Activation(values, self._logits(values, self._padding(sequences), positions))
+
     def _padding(self, sequences: Sequences) -> Padding:
         return Padding.of(sequences.lengths, self.device)
 
@@ -280,6 +332,14 @@ class FrozenLLM:
         )
         logits: torch.Tensor = output.logits[padding.rows[positions], column]
         return logits.float()
+
+
+def _from_pretrained(directory: Path, **options: Any) -> Any:
+    """Raises InvalidRequest where there is no such model, or it can't be had so."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise InvalidRequest.of("model", "a causal language model", error) from error
 
 
 def pick_device(name: DeviceName) -> torch.device:
