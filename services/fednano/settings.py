@@ -7,6 +7,7 @@ A field `port` of the LLM service is `--port`, `FEDNANO_LLM_PORT`, or `port:` in
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -85,15 +86,19 @@ def _unless_in_environment(cls: type[Settings], values: dict[str, Any]) -> dict[
 def invalid(error: ValidationError) -> InvalidRequest:
     """Our error for pydantic's, one problem per field. What was given is shown, unless it may hold
     a secret: whole sections and long values are not."""
-    problems = [
-        Problem(
-            ".".join(str(part) for part in item["loc"]) or "settings",
-            "a value" if item["type"] == "missing" else item["msg"],
-            "nothing" if item["type"] == "missing" else _shown(item.get("input")),
-        )
-        for item in error.errors(include_url=False)
-    ]
+    problems = [_problem(item) for item in error.errors(include_url=False)]
     return InvalidRequest("; ".join(map(str, problems)), *problems)
+
+
+def _problem(item: Mapping[str, Any]) -> Problem:
+    name = ".".join(str(part) for part in item["loc"]) or "settings"
+    if item["type"] == "missing":
+        return Problem(name, "a value", "nothing")
+    if item["type"] == "value_error":  # a validator of ours: its text names the field itself
+        stated = Problem.read(str(item["ctx"]["error"]))
+        if stated is not None:
+            return stated
+    return Problem(name, item["msg"].removeprefix("Input should be "), _shown(item.get("input")))
 
 
 def _shown(value: object) -> str:

@@ -96,9 +96,9 @@ def _field(item: Mapping[str, Any]) -> Problem:
             "body", "valid JSON", str(item.get("ctx", {}).get("error", "something else"))
         )
     if item["type"] == "value_error":  # a validator of ours: its text names the field itself
-        text = str(item["ctx"]["error"])
-        if match := re.fullmatch(r"(\S+): expected (.+), got (.+)", text):
-            return Problem(*match.groups())
+        stated = Problem.read(str(item["ctx"]["error"]))
+        if stated is not None:
+            return stated
     where, *path = item["loc"]
     name = ".".join(map(str, path)) or str(where)
     if item["type"] == "missing":

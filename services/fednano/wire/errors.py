@@ -7,6 +7,7 @@ the status back into the same class on the caller's side: foreign errors are tra
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from typing import ClassVar, cast
 
@@ -25,6 +26,12 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.field}: expected {self.expected}, got {self.got}"
+
+    @classmethod
+    def read(cls, text: str) -> Problem | None:
+        """The problem that `text` states, as our validators' errors do; None where it is none."""
+        found = re.fullmatch(r"(\S+): expected (.+), got (.+)", text)
+        return cls(*found.groups()) if found else None
 
 
 class FedNanoError(Exception):
