@@ -117,6 +117,16 @@ def test_at_b_zero_only_b_has_a_gradient(llm: RemoteLanguageModel, batch: Batch)
     assert found.fisher["fisher.text.up"].any()
 
 
+def test_a_frozen_down_gets_no_gradient(
+    llm: RemoteLanguageModel, batch: Batch, adapters: NanoAdapters
+) -> None:
+    frozen = copy.deepcopy(adapters)
+    frozen.freeze_down()
+    found = step(FactoredWire(FactoredLanguageModel(llm)), frozen, batch)
+    assert_close(found, step(DenseWire(llm), frozen, batch))
+    assert found.gradients.keys() == {"by_name.image.up", "by_name.text.up"}
+
+
 def test_scores_and_answers_are_those_of_the_dense_wire(
     llm: RemoteLanguageModel, edge: EdgeHalf, adapters: NanoAdapters, examples: list[Example]
 ) -> None:

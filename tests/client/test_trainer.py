@@ -16,12 +16,19 @@ from tests.tiny import large_tensors, no_adapters
 SHARD = DigitsShard.deal(DataConfig(limit=60), seed=0, shard=0, of=4)
 
 
-def train(trainer: Trainer, fisher: str = "none", **settings: object) -> TrainResult:
+def train(
+    trainer: Trainer,
+    fisher: str = "none",
+    mu: float = 0.0,
+    adapters: NanoAdapters | None = None,
+    **settings: object,
+) -> TrainResult:
     return trainer.train(
-        no_adapters(),
+        adapters or no_adapters(),
         lambda epoch: SHARD.epoch(0, 1, epoch, "c"),
         TrainingConfig.model_validate(settings),
         fisher,  # type: ignore[arg-type]
+        mu=mu,
     )
 
 
@@ -72,6 +79,25 @@ def test_a_single_ef_step_has_no_gradient_for_a(trainer: Trainer) -> None:
     result = train(trainer, "last-epoch", batch_size=4096)
     assert not result.fisher["fisher.image.down"].any()
     assert result.fisher["fisher.image.up"].any()
+
+
+def test_fedprox_holds_a_client_near_the_rounds_adapter(trainer: Trainer) -> None:
+    def distance(mu: float) -> float:
+        adapter = train(trainer, mu=mu, max_grad_norm=0, epochs=2).adapter
+        start = no_adapters().to_tensors()
+        return sum(float(((adapter[name] - start[name]) ** 2).sum()) for name in start)
+
+    free, held = distance(0.0), distance(10.0)
+    assert held < 0.5 * free
+
+
+def test_a_frozen_down_is_not_trained(trainer: Trainer) -> None:
+    adapters = no_adapters()
+    adapters.freeze_down()
+    start, end = adapters.to_tensors(), train(trainer, adapters=adapters).adapter
+    assert (end["image.down"] == start["image.down"]).all()
+    assert (end["text.down"] == start["text.down"]).all()
+    assert (end["image.up"] != start["image.up"]).any()
 
 
 def test_work_can_be_given_up(trainer: Trainer) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 from fednano.coordinator.records import Tensors
-from fednano.coordinator.strategies import Update, initial_adapter, strategy_of
+from fednano.coordinator.strategies import State, Update, initial_adapter, strategy_of
 from fednano.wire.channels import ClientTls, make_channel, translated
 from fednano.wire.codec import Payload, chunked, pack, spec_of
 from fednano.wire.coordinator_pb2 import (
@@ -77,13 +77,12 @@ def step(base: Tensors, client: str, number: int) -> tuple[Tensors, Tensors]:
 def expected_result(config: RunConfig, clients: list[str], samples: int = 10) -> Tensors:
     """The last adapter of an undisturbed run, computed without any coordinator."""
     shape = config.adapter
-    adapter = initial_adapter(shape.modalities, shape.rank, HIDDEN, config.seed)
+    state = State(initial_adapter(shape.modalities, shape.rank, HIDDEN, config.seed))
     for number in range(1, config.rounds + 1):
-        steps = {client: step(adapter, client, number) for client in sorted(clients)}
-        adapter = strategy_of(config.strategy).aggregate(
-            [Update(client, samples, *pair) for client, pair in steps.items()]
-        )
-    return adapter
+        steps = {client: step(state.adapter, client, number) for client in sorted(clients)}
+        updates = [Update(client, samples, *pair) for client, pair in steps.items()]
+        state = strategy_of(config.strategy).advance(state, updates)
+    return state.adapter
 
 
 def same_bytes(one: Tensors, other: Tensors) -> bool:
@@ -104,6 +103,7 @@ class FakeClient:
     run: str = ""
     session: str = ""
     ca: Path | None = None  # speaks TLS where there is one
+    fisher: bool = True  # sends one along, as FedNano's strategies want it
     twin: int = 0  # port of another coordinator, to turn to when this one is gone
     channel: grpc.Channel = field(init=False)
 
@@ -194,7 +194,9 @@ class FakeClient:
         wanted = task.train
         base = self.adapter(digest=wanted.adapter)
         adapter, fisher = step(base, self.id, wanted.round)
-        return self.submit(wanted.round, wanted.attempt, wanted.adapter, adapter, fisher, **changes)
+        auxiliary = fisher if self.fisher else {}
+        place = wanted.round, wanted.attempt, wanted.adapter
+        return self.submit(*place, adapter, auxiliary, **changes)
 
     def evaluate(self, task: NextTaskReply, accuracy: float = 0.5) -> SubmitReply:
         wanted = task.evaluate

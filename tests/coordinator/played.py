@@ -65,9 +65,9 @@ class Federation:
 
     async def settle(self) -> None:
         """Steps until the run waits for somebody."""
-        while not (run := await self.store.run_store.get(self.name)).state.ended:
+        while not (at := await self.store.standings.current(self.name)).run.state.ended:
             try:
-                if await self.rounds.step(run) > 0:
+                if await self.rounds.step(at.run, at.round) > 0:
                     return
             except Raced:
                 continue

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 from fednano.coordinator.records import RunState
 from fednano.coordinator.store import Store
+from fednano.coordinator.store_members import Spent
 
 from tests.coordinator.played import Clock, Federation
 from tests.coordinator.web import ADMIN, config
@@ -32,7 +33,7 @@ async def state(federation: Federation, after: float) -> RunState:
     """Of the run, so many seconds later."""
     federation.clock.added += after
     for member in federation.members.values():
-        await federation.store.members.touch(federation.name, member, "")
+        await federation.store.members.beat(federation.name, member, 0, Spent())
     await federation.settle()
     return (await federation.store.run(federation.name)).state
 

@@ -10,6 +10,7 @@ import pytest
 from fednano.coordinator.records import RoundRecord, RunRecord
 from fednano.coordinator.store import Store
 from fednano.lab.redis_server import free_port
+from fednano.wire.run_config import RunConfig
 
 from tests.coordinator.conftest import ADMIN, PRIVATE_KEY
 from tests.coordinator.federation import (
@@ -42,10 +43,10 @@ def settings_for(redis: RedisServer, port: int) -> dict[str, Any]:
     }
 
 
-async def create_run(url: str) -> None:
+async def create_run(url: str, config: RunConfig = CONFIG) -> None:
     store = Store.connect(url)
     await store.prepare()
-    await store.create_run(CONFIG, "test")
+    await store.create_run(config, "test")
     await store.close()
 
 
@@ -57,20 +58,21 @@ async def read_run(url: str) -> tuple[RunRecord, list[RoundRecord], dict[str, di
     return run, rounds, totals
 
 
-def check_result(redis: RedisServer, client: FakeClient) -> None:
+def check_result(redis: RedisServer, client: FakeClient, config: RunConfig = CONFIG) -> None:
     """The same bytes as an undisturbed run, every update counted once."""
     client.run = "trial"
-    assert same_bytes(client.adapter(last=True), expected_result(CONFIG, CLIENTS))
+    assert same_bytes(client.adapter(last=True), expected_result(config, CLIENTS))
     run, rounds, totals = asyncio.run(read_run(redis.url))
     assert (run.state, run.last_round) == ("finished", 2)
     assert [(r.attempt, r.state) for r in rounds] == [(1, "done")] * 3
     assert totals["sent"] == {"adapters": 600}
 
 
+MERGED = "around the merge"  # where a server optimiser's moments are read and written, too
 KILLS = {
     "while an update arrives": [("fednano.wire.codec:Payload.feed", "before", "1")] * 2,
     "after each acknowledged update": [SUBMIT] * 6,
-    "around the merge": [
+    MERGED: [
         (f"{STORE}rounds:RoundStore.freeze", "before", "1"),
         (f"{STORE}rounds:RoundStore.freeze", "after", "1"),
         (f"{STORE}updates:StoredUpdates.fetch", "after", "2"),
@@ -88,14 +90,18 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("instant", KILLS)
+@pytest.mark.parametrize(
+    ("instant", "strategy"), [*((i, "fednano-ef") for i in KILLS), (MERGED, "fedadam")]
+)
 def test_a_killed_coordinator_is_restarted_and_the_run_ends_in_the_same_bytes(
-    instant: str, redis_server: RedisServer, tmp_path: Path
+    instant: str, strategy: str, redis_server: RedisServer, tmp_path: Path
 ) -> None:
+    config = config_of(deterministic=True, round_seconds=60.0, strategy={"name": strategy})
     port = free_port()
-    asyncio.run(create_run(redis_server.url))
+    asyncio.run(create_run(redis_server.url, config))
     settings = settings_for(redis_server, port)
-    clients = [FakeClient(port, ADMIN, name) for name in CLIENTS]
+    fisher = strategy == "fednano-ef"
+    clients = [FakeClient(port, ADMIN, name, fisher=fisher) for name in CLIENTS]
     with Crowd([evaluator(port, ADMIN), *clients]) as crowd:
         for kill in KILLS[instant]:
             doomed = Process(settings, tmp_path, *kill)
@@ -106,7 +112,7 @@ def test_a_killed_coordinator_is_restarted_and_the_run_ends_in_the_same_bytes(
         last = Process(settings, tmp_path)
         try:
             crowd.wait()
-            check_result(redis_server, clients[0])
+            check_result(redis_server, clients[0], config)
             last.stop()
         finally:
             last.kill()

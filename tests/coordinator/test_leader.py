@@ -58,6 +58,7 @@ async def test_a_leader_outlives_a_run_whose_record_is_damaged(
         await enrols(store, "trial")
         with redis_server.client() as client:
             client.hset(keys.run("trial"), "config", "{")
+            client.hincrby(keys.run("trial"), "version", 1)  # as whatever damaged it would
         await asyncio.sleep(3.5)  # three attempts, and giving the run up
         assert not task.done()
         await store.create_run(config_of("other"), "test")

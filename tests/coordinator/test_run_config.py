@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
-from fednano.wire.run_config import RunConfig, TrainingConfig
+from fednano.wire.run_config import RunConfig, StrategyConfig, StrategyName, TrainingConfig
 from pydantic import ValidationError
 
 DIGITS = "at most 134 for data.source digits (1077 training images, at least 8 each), got 135"
@@ -51,3 +51,79 @@ def test_the_factored_wire_needs_the_loss_on_the_service() -> None:
     TrainingConfig(wire="factored")
     with pytest.raises(ValidationError, match=r"training\.wire: expected dense where"):
         TrainingConfig(wire="factored", loss="client")
+
+
+def strategy(**values: Any) -> StrategyConfig:
+    return StrategyConfig.model_validate(values)
+
+
+def test_a_strategy_has_the_settings_that_are_its_own_and_their_defaults() -> None:
+    assert strategy() == strategy(name="fednano-ef", fisher="scaled", damping=0.1)
+    assert strategy(name="fedadam").momentum == 0.9
+    assert strategy(name="fedadagrad").momentum is None
+    assert strategy(name="trimmed-mean", trim=0.3).trim == 0.3
+
+
+@pytest.mark.parametrize(
+    ("values", "owners"),
+    [
+        ({"name": "product", "fisher": "raw"}, "fednano, fednano-ef"),
+        ({"trim": 0.2}, "trimmed-mean"),
+        ({"name": "krum", "selected": 2}, "multi-krum"),
+        ({"name": "fedavg", "mu": 0.1}, "fedprox"),
+        ({"name": "fedadagrad", "momentum": 0.5}, "fedavgm, fedadam, fedyogi"),
+    ],
+)
+def test_the_setting_of_another_strategy_is_refused_by_its_name(
+    values: dict[str, Any], owners: str
+) -> None:
+    field = list(values)[-1]
+    expected = f"strategy.{field}: expected nothing for {values.get('name', 'fednano-ef')!r}"
+    assert f"{expected}, as it is a setting of {owners} alone" in refusal(strategy=values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"name": "trimmed-mean", "trim": 0.5},
+        {"name": "krum", "byzantine": 0},
+        {"name": "fedadam", "second_momentum": 1},
+        {"name": "fedavgm", "momentum": -0.1},
+        {"name": "fedprox", "mu": 0},
+        {"name": ["fedavg"]},
+    ],
+)
+def test_a_setting_out_of_its_bounds_is_named(values: dict[str, Any]) -> None:
+    assert f"strategy.{list(values)[-1]}" in refusal(strategy=values)
+
+
+@pytest.mark.parametrize(
+    ("values", "least"),
+    [
+        ({"name": "median"}, 3),
+        ({"name": "trimmed-mean"}, 5),
+        ({"name": "trimmed-mean", "trim": 0.1}, 10),
+        ({"name": "trimmed-mean", "trim": 0.34}, 3),
+        ({"name": "krum"}, 5),
+        ({"name": "krum", "byzantine": 2}, 7),
+        ({"name": "multi-krum", "selected": 6}, 7),
+    ],
+)
+def test_a_robust_strategy_wants_enough_updates_to_be_robust(
+    values: dict[str, Any], least: int
+) -> None:
+    text = f"min_clients: expected at least {least} updates for strategy.name {values['name']}"
+    assert text in refusal(strategy=values, clients=20, min_clients=least - 1)
+    RunConfig.model_validate(
+        {"name": "trial", "clients": 20, "min_clients": least, "strategy": values}
+    )
+
+
+@pytest.mark.parametrize("name", get_args(StrategyName))
+def test_a_configuration_is_what_it_was_after_a_journey_as_json(name: str) -> None:
+    config = strategy(name=name)
+    assert StrategyConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_what_0_1_0_wrote_for_fedavg_is_still_read() -> None:
+    assert strategy(name="fedavg", fisher="scaled", damping=0.1) == strategy(name="fedavg")

@@ -109,9 +109,9 @@ async def test_a_leader_whose_lease_is_gone_advances_nothing(store: Store) -> No
     new = await store.lease.acquire("two", 5)
     run = await store.run_store.get("trial")
     with pytest.raises(LeaseLost):
-        await Rounds(store, old, "trial").step(run)
+        await Rounds(store, old, "trial").step(run, None)
     assert (await store.run("trial")).state is RunState.CREATED
-    await Rounds(store, new, "trial").step(run)
+    await Rounds(store, new, "trial").step(run, None)
     assert (await store.run("trial")).state is RunState.ENROLLING
 
 
@@ -119,9 +119,9 @@ async def test_of_two_advances_from_the_same_state_one_wins(store: Store) -> Non
     await store.create_run(config_of(), "me")
     rounds = Rounds(store, await store.lease.acquire("one", 5), "trial")
     run = await store.run_store.get("trial")
-    await rounds.step(run)
+    await rounds.step(run, None)
     with pytest.raises(Raced):
-        await rounds.step(run)
+        await rounds.step(run, None)
 
 
 async def test_tokens_are_kept_as_hashes_and_refused_once_revoked(

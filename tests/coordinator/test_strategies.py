@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -21,10 +22,14 @@ from fednano.coordinator.store_updates import (
     packed_update,
 )
 from fednano.coordinator.strategies import (
+    Adaptive,
     FedAvg,
     FisherMerging,
+    Krum,
+    Merging,
+    ServerOptimizer,
     Span,
-    Strategy,
+    State,
     Update,
     blocks,
     initial_adapter,
@@ -33,7 +38,7 @@ from fednano.coordinator.strategies import (
 from fednano.lab.processes import Processes
 from fednano.lab.redis_server import redis_binary
 from fednano.wire.errors import InvalidRequest, Unavailable
-from fednano.wire.run_config import StrategyConfig
+from fednano.wire.run_config import StrategyConfig, StrategyName
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -157,7 +162,7 @@ def test_the_order_of_updates_does_not_matter(
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6 * largest + 1e-30)
 
 
-def in_one_piece(strategy: Strategy, updates: list[Update]) -> Tensors:
+def in_one_piece(strategy: Merging, updates: list[Update]) -> Tensors:
     """What merging is by definition, tensor by tensor, with everything in memory."""
     samples = sum(update.samples for update in updates)
     merged = {}
@@ -221,7 +226,7 @@ def same_bytes(one: Tensors, other: Tensors) -> bool:
 @pytest.mark.parametrize("block", [1, 100, 151, 1 << 20])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_merging_by_blocks_gives_the_bytes_of_merging_in_one_piece(
-    strategy: Strategy, block: int
+    strategy: Merging, block: int
 ) -> None:
     updates = drawn_updates(4)
     assert same_bytes(strategy.aggregate(updates, block), in_one_piece(strategy, updates))
@@ -249,7 +254,7 @@ async def stored(store: Store, updates: list[Update]) -> dict[str, UpdateMeta]:
 @pytest.mark.parametrize("block", [100, 151, 1 << 18])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 async def test_what_redis_holds_merges_to_the_same_bytes(
-    store: Store, strategy: Strategy, block: int
+    store: Store, strategy: Merging, block: int
 ) -> None:
     updates = drawn_updates(4)
     accepted = await stored(store, updates)
@@ -340,10 +345,36 @@ class Slowly:
 
 
 def test_the_configuration_chooses_the_strategy() -> None:
-    assert isinstance(strategy_of(StrategyConfig(name="fedavg")), FedAvg)
+    assert strategy_of(StrategyConfig(name="fedavg")) == FedAvg()
     raw = strategy_of(StrategyConfig(name="fednano", fisher="raw", damping=0.5))
     assert raw == FisherMerging(0.5, scaled=False)
     assert raw.auxiliary(["text.up"]) == ("fisher.text.up",)
+    assert strategy_of(StrategyConfig(name="multi-krum", byzantine=2, selected=3)) == Krum(2, 3)
+    adam = Adaptive("fedadam", 0.01, 1e-3, 0.5, 0.99)
+    assert strategy_of(StrategyConfig(name="fedadam", momentum=0.5)) == ServerOptimizer(adam)
+
+
+@pytest.mark.parametrize("name", get_args(StrategyName))
+def test_every_strategy_advances_a_first_round_by_any_blocks_to_the_same_bytes(name: str) -> None:
+    strategy = strategy_of(StrategyConfig(name=name))
+    rng = np.random.default_rng(1)
+    before = initial_adapter(("image", "text"), 3, 10, seed=0)
+    updates = [
+        Update(
+            f"c{number}",
+            number + 1,
+            {n: (t + rng.normal(0, 0.1, t.shape)).astype(np.float32) for n, t in before.items()},
+            {f"fisher.{n}": rng.gamma(1, 1, t.shape).astype(np.float32) for n, t in before.items()},
+        )
+        for number in range(6)
+    ]
+    whole = strategy.advance(State(before), updates)
+    for block in (1, 7, 64):
+        parts = strategy.advance(State(before), updates, block)
+        assert same_bytes(whole.adapter, parts.adapter)
+        assert same_bytes(whole.moments, parts.moments)
+    assert {n: t.shape for n, t in whole.adapter.items()} == {n: t.shape for n, t in before.items()}
+    assert (whole.adapter["text.up"] != before["text.up"]).any()
 
 
 def test_the_first_adapter_changes_nothing_and_depends_on_seed_and_modality_alone() -> None:

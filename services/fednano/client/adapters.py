@@ -79,6 +79,11 @@ class NanoAdapters(nn.Module):
     def hidden_size(self) -> int:
         return int(self.items()[0][1].down.shape[1])
 
+    def freeze_down(self) -> None:
+        """From now on only B is trained (FFA-LoRA, Sun et al., ICLR 2024)."""
+        for _, adapter in self.items():
+            adapter.down.requires_grad_(False)
+
     def to_tensors(self) -> Tensors:
         """A copy of every parameter, fp32, by the names that travel."""
         return {

@@ -59,6 +59,37 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class Learning:
+    """What a client changes in a round, and how."""
+
+    optimizer: torch.optim.Optimizer
+    trained: list[torch.nn.Parameter]
+    origin: list[torch.Tensor]  # of each, as the round began; empty without a proximal term
+    mu: float
+    max_grad_norm: float
+
+    @classmethod
+    def begin(cls, adapters: NanoAdapters, settings: TrainingConfig, mu: float) -> Learning:
+        trained = [parameter for parameter in adapters.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trained, settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        origin = [parameter.detach().clone() for parameter in trained] if mu else []
+        return cls(optimizer, trained, origin, mu, settings.max_grad_norm)
+
+    def step(self, crossed: Crossed) -> None:
+        """From the cut into the adapters, and a step of the optimiser."""
+        self.optimizer.zero_grad()
+        crossed.backward()
+        for parameter, origin in zip(self.trained, self.origin, strict=False):
+            pull = self.mu * (parameter.detach() - origin)
+            parameter.grad = pull if parameter.grad is None else parameter.grad + pull
+        if self.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.trained, self.max_grad_norm)
+        self.optimizer.step()
+
+
+@dataclass(frozen=True)
 class Trainer:
     """Trains adapters for one client against a frozen LLM, wherever that runs."""
 
@@ -74,15 +105,16 @@ class Trainer:
         settings: TrainingConfig,
         fisher: FisherMode = "none",
         progress: Progress = lambda share: None,
+        mu: float = 0.0,
     ) -> TrainResult:
-        """Local epochs of AdamW from `adapters`, which are changed in place.
+        """Local epochs of AdamW from `adapters`, which are changed in place, but for what of them is
+        frozen.
 
-        The optimiser's state is fresh in every round.
+        The optimiser's state is fresh in every round. With `mu` the loss has FedProx's term
+        mu / 2 |theta - theta_0|^2, theta_0 what the round began with.
         """
         start = time.perf_counter()
-        optimizer = torch.optim.AdamW(
-            adapters.parameters(), settings.learning_rate, weight_decay=settings.weight_decay
-        )
+        learning = Learning.begin(adapters, settings, mu)
         nano, estimate = NanoEdge(adapters), FisherEstimate(adapters)
         wire = self._wire(settings.loss)
         passes = settings.epochs + (fisher == "extra-pass")
@@ -93,7 +125,7 @@ class Trainer:
                 last = ready.number == passes - 1 and fisher != "none"
                 crossed = _step(nano, ready.batch, wire, estimate if last else None)
                 if ready.number < settings.epochs:
-                    _learn(nano, crossed, optimizer, settings.max_grad_norm)
+                    learning.step(crossed)
                 if ready.number == settings.epochs - 1:
                     losses += (crossed.loss_sums / crossed.token_counts).tolist()
         return TrainResult(
@@ -196,17 +228,6 @@ def _step(nano: NanoEdge, batch: Batch, wire: Wire, estimate: FisherEstimate | N
     """Across the cut and back; the batch's loss is a mean of its samples' means."""
     weights = 1 / (batch.label_counts * len(batch))
     return wire.step(nano, batch, weights, estimate)
-
-
-def _learn(
-    nano: NanoEdge, crossed: Crossed, optimizer: torch.optim.Optimizer, max_grad_norm: float
-) -> None:
-    """From the cut into the adapters, and a step of the optimiser."""
-    optimizer.zero_grad()
-    crossed.backward()
-    if max_grad_norm:
-        torch.nn.utils.clip_grad_norm_(nano.parameters(), max_grad_norm)
-    optimizer.step()
 
 
 def _mean(values: Sequence[float]) -> float:

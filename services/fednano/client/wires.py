@@ -87,11 +87,10 @@ class FactoredWire:
             estimate.add_factored(held, reply.gradient, weights)
 
         def backward() -> None:
-            if sent.right:
-                torch.autograd.backward(
-                    [sent.left, *sent.right.values()],
-                    [reply.gradient.left, *(reply.gradient.right[m] for m in sent.right)],
-                )
+            pairs = [(right, reply.gradient.right[m]) for m, right in sent.right.items()]
+            for part, gradient in [(sent.left, reply.gradient.left), *pairs]:
+                if part.requires_grad:  # not where no token passes an adapter, or one is frozen
+                    part.backward(gradient)
 
         return Crossed(reply.loss_sums, reply.token_counts, backward)
 

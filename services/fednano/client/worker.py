@@ -52,12 +52,16 @@ class Worker:
 
     def _trained(self, task: pb.TrainTask, base: Adapter, data: Dataset) -> TrainResult:
         config = self.member.config
+        adapters = NanoAdapters.from_tensors(base.tensors, base.scale)
+        if config.strategy.name == "ffa":
+            adapters.freeze_down()
         return self.trainer.train(
-            NanoAdapters.from_tensors(base.tensors, base.scale),
+            adapters,
             lambda epoch: data.epoch(config.seed, task.round, epoch, self._stable_name(task)),
             TrainingConfig.model_validate_json(task.hyper_json),
             _FISHER.get(config.strategy.name, "none"),
             self.heartbeat.progress,
+            config.strategy.mu or 0.0,
         )
 
     def _stable_name(self, task: pb.TrainTask) -> str:

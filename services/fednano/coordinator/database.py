@@ -1,7 +1,7 @@
-"""The connection to Redis: its errors translated once, guarded commits, and the bell.
+"""The connection to Redis: its errors translated once, guarded commits, and what rings the bells.
 
-The bell is pub/sub: whoever waits for a change is woken by it, and looks by itself every second
-in case a ring was lost.
+A ring is pub/sub: the channel is a run's, the payload the kind of change. Each of the coordinators
+that serve from one Redis hears every ring, its own too.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from typing import Any, cast
 
 import redis.asyncio as aioredis
@@ -19,15 +19,17 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from fednano.coordinator import keys, scripts
+from fednano.coordinator.batches import Batches
+from fednano.coordinator.bells import LOOK_AGAIN_SECONDS, Bell, Bells
 from fednano.wire.errors import Busy, FedNanoError, InvalidRequest, Unavailable
 
 log = logging.getLogger(__name__)
 
 EVENTS_KEPT = 10_000
-LOOK_AGAIN_SECONDS = 1.0
 ANSWER_SECONDS = 10.0  # that Redis has for one command
 TROUBLES = ("unreachable", "read_only", "disk", "memory")
 _ARGUMENTS = 1000  # per command: Lua can't unpack any number
+_CONNECTIONS = 32  # more at a time are slower, and each costs as much as twenty commands
 
 
 class LeaseLost(FedNanoError):
@@ -68,30 +70,17 @@ class Commit:
     def set_fields(self, key: str, fields: dict[str, str]) -> Commit:
         return self.do("HSET", key, *(part for pair in fields.items() for part in pair))
 
-    def tell(self, run: str, kind: str, data: str) -> Commit:
-        """The event that goes with the writes."""
+    def tell(self, run: str, kind: str, data: str, ring: str = "") -> Commit:
+        """The event that goes with the writes; it rings for its kind, or for `ring`."""
         stream = keys.events(run)
         self.do("XADD", stream, "MAXLEN", "~", EVENTS_KEPT, "*", "kind", kind, "data", data)
+        return self.ring(run, ring or kind)
+
+    def ring(self, run: str, kind: str) -> Commit:
         return self.do("PUBLISH", keys.bell(run), kind)
 
     def arguments(self) -> list[str | bytes | int | float]:
         return [self._lease, len(self._guards) // 3, *self._guards, *self._writes]
-
-
-class Bell:
-    """Rings when something about one run changes."""
-
-    def __init__(self) -> None:
-        self.rung = asyncio.Event()
-
-    async def wait(self, seconds: float) -> None:
-        """Returns at the next ring, or after `seconds`, a second at most."""
-        try:
-            async with asyncio.timeout(max(0.0, min(seconds, LOOK_AGAIN_SECONDS))):
-                await self.rung.wait()
-        except TimeoutError:
-            pass
-        self.rung.clear()
 
 
 class Database:
@@ -107,7 +96,8 @@ class Database:
             for name in scripts.__dict__
             if name.isupper() and not name.startswith("_")
         }
-        self._bells: dict[str, set[Bell]] = {}
+        self.bells = Bells()
+        self._batches = Batches(self.redis, ANSWER_SECONDS)
 
     @contextmanager
     def translated(self) -> Iterator[None]:
@@ -153,6 +143,19 @@ class Database:
                 pipe.execute_command(*command)
             return await pipe.execute()
 
+    async def small(self, *command: Any) -> Any:
+        """One command that is quickly done and answered, in a round trip with other callers'."""
+        with self.translated():
+            return await self._batches.execute(*command)
+
+    async def small_script(self, name: str, names: list[str], arguments: list[Any]) -> Any:
+        """Like `small`, for one of `scripts`."""
+        digest = self._scripts[name].sha
+        try:
+            return await self.small("EVALSHA", digest, len(names), *names, *arguments)
+        except exceptions.NoScriptError:
+            return await self.script(name, names, arguments)
+
     async def script(self, name: str, names: list[str], arguments: list[Any]) -> Any:
         """Runs one of `scripts` on these keys."""
         async with self.bounded():
@@ -182,17 +185,12 @@ class Database:
         found = await self.pipeline([("HGETALL", name) for name in names])
         return [text_pairs(item) for item in found]
 
-    @contextmanager
-    def bell(self, run: str) -> Iterator[Bell]:
-        """A bell for `run`. Take it before looking, so that no change falls in between."""
-        bell = Bell()
-        self._bells.setdefault(run, set()).add(bell)
-        try:
-            yield bell
-        finally:
-            self._bells[run].discard(bell)
-            if not self._bells[run]:
-                del self._bells[run]
+    def bell(
+        self, run: str, kinds: Collection[str] = (), patience: float = LOOK_AGAIN_SECONDS
+    ) -> AbstractContextManager[Bell]:
+        """A bell for changes of `run` of these kinds; of all, if none is given. Take it before
+        looking, so that no change falls in between."""
+        return self.bells.hung(run, kinds, patience)
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:
@@ -216,32 +214,37 @@ class Database:
                 await asyncio.sleep(0.2)
 
     def _ring(self, message: dict[str, Any] | None) -> None:
-        if message and message["type"] == "pmessage":
+        if not message:
+            return
+        if message["type"] == "psubscribe":
+            self.ring_all()  # what was told before this subscription went unheard
+        elif message["type"] == "pmessage":
             run = message["channel"].decode().removeprefix(keys.ACTIVE_BELL)
-            for bell in self._bells.get(run, ()):
-                bell.rung.set()
+            self.bells.ring(run, message["data"].decode())
 
     def ring_all(self) -> None:
         """Wakes everybody who waits for a change."""
-        for bells in self._bells.values():
-            for bell in bells:
-                bell.rung.set()
+        self.bells.ring_all()
 
     async def close(self) -> None:
+        await self._batches.close()
         await self.redis.aclose()
 
 
 def _connection(url: str) -> aioredis.Redis:
     """Connects when first used. Raises InvalidRequest, without the password that may be in there."""
     try:
-        return aioredis.Redis.from_url(
+        pool = aioredis.BlockingConnectionPool.from_url(
             url,
+            max_connections=_CONNECTIONS,
+            timeout=ANSWER_SECONDS,
             protocol=2,
             socket_timeout=None,  # ours is `bounded`: redis-py's wait_for may swallow a cancellation
             socket_connect_timeout=2,
             retry=Retry(NoBackoff(), 0),
             retry_on_error=[],
         )
+        return aioredis.Redis.from_pool(pool)
     except ValueError:
         wanted = "redis://HOST:PORT/DATABASE, rediss://... or unix://PATH"
         raise InvalidRequest.of("redis_url", wanted, "another text") from None

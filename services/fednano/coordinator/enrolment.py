@@ -92,14 +92,15 @@ class Enrolment:
         """Active runs, those where the client has a seat first; no second evaluator by itself."""
         mine, others = [], []
         for run in await self._store.run_store.active():
-            members = await self._store.members.all(run.name)
-            if any(member.id == applicant.client for member in members):
+            if await self._store.members.get(run.name, applicant.client) is not None:
                 mine.append(run)
-            elif applicant.role == "trainer" or not any(
-                member.role == "evaluator" and member.state == "alive" for member in members
-            ):
+            elif applicant.role == "trainer" or not await self._has_evaluator(run):
                 others.append(run)
         return mine + others
+
+    async def _has_evaluator(self, run: StoredRun) -> bool:
+        members = await self._store.members.glance(run.name)
+        return any(member.role == "evaluator" and member.alive for member in members)
 
     async def _enter(self, run: StoredRun, applicant: Applicant) -> Admission | str:
         known = await self._store.members.get(run.name, applicant.client)

@@ -32,12 +32,19 @@ def events(name: str) -> str:
 
 
 def bell(name: str) -> str:
-    """Channel: something about the run has changed."""
+    """Channel: something about the run has changed. The payload is the kind of change: its event's,
+    or one of those below."""
     return f"{ROOT}:bell:{name}"
 
 
 BELLS = bell("*")
 ACTIVE_BELL = bell("")  # a run was created or ended
+SEATS = "seats"  # who is a member; the run stays in its state and round
+
+
+def session(client_id: str) -> str:
+    """A client's session has ended: a kind of its own, so that it alone is woken."""
+    return f"session:{client_id}"
 
 
 def clients(name: str) -> str:
@@ -45,9 +52,14 @@ def clients(name: str) -> str:
     return f"{run(name)}:clients"
 
 
+def client_prefix(name: str) -> str:
+    """For scripts, that add the id."""
+    return f"{run(name)}:client:"
+
+
 def client(name: str, client_id: str) -> str:
     """Hash: role, session, what it is doing, when it was last heard."""
-    return f"{run(name)}:client:{client_id}"
+    return f"{client_prefix(name)}{client_id}"
 
 
 def rounds(name: str) -> str:
@@ -57,11 +69,21 @@ def rounds(name: str) -> str:
 
 def round_(name: str, number: int) -> str:
     """Hash: the round's fields, of its newest attempt."""
-    return f"{run(name)}:round:{number}"
+    return f"{round_prefix(name)}{number}"
+
+
+def round_prefix(name: str) -> str:
+    """For scripts, that add the number."""
+    return f"{run(name)}:round:"
 
 
 def attempt(name: str, number: int, attempt_number: int) -> str:
     return f"{round_(name, number)}:{attempt_number}"
+
+
+def moments(name: str) -> str:
+    """Hash: what a server optimiser carries on; round, layout, and raw fp32 tensors as `data`."""
+    return f"{run(name)}:moments"
 
 
 def cohort(name: str, number: int, attempt_number: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import uuid
 from contextlib import suppress
 
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 
 _PATIENCE = 3  # times that a run may stumble over something unexpected before it fails
 _LOOK_SECONDS = 1.0
+_SEARCH = 1 / 8  # of client_seconds: how often those are searched for that were lost
 
 
 class Leader:
@@ -89,14 +91,18 @@ class Leader:
     async def _advance(self, lease: str, tasks: asyncio.TaskGroup) -> None:
         """One task for each active run."""
         running: dict[str, asyncio.Task[None]] = {}
+        now, searched = asyncio.get_running_loop().time, -math.inf
         with self._store.database.bell("") as bell:
             while True:
+                search = now() - searched >= self._store.members.client_seconds * _SEARCH
+                searched = now() if search else searched
                 try:
                     for run in await self._store.run_store.active():
                         if run.name not in running or running[run.name].done():
                             task = tasks.create_task(self._drive(lease, run.name))
                             running[run.name] = task
-                        await self._store.members.mark_lost(lease, run.name)
+                        if search:
+                            await self._store.members.mark_lost(lease, run.name)
                 except LeaseLost:
                     raise
                 except Exception as error:  # Redis is away, or one run's record is damaged

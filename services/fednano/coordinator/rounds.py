@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fednano.coordinator.database import Raced
-from fednano.coordinator.fields import StoredClient, StoredRound, StoredRun
-from fednano.coordinator.records import RoundState, RunState, StoredAdapter, Tensors
+from fednano.coordinator.fields import StoredRound, StoredRun
+from fednano.coordinator.records import RoundState, RunState
 from fednano.coordinator.scores import mean_metrics, own_metrics, train_metrics
 from fednano.coordinator.store import Store
 from fednano.coordinator.store_adapters import make_adapter
+from fednano.coordinator.store_members import Glance
 from fednano.coordinator.store_updates import StoredUpdates
-from fednano.coordinator.strategies import Strategy, initial_adapter, strategy_of
+from fednano.coordinator.strategies import State, Strategy, initial_adapter, strategy_of
 
 log = logging.getLogger(__name__)
 
@@ -42,15 +43,15 @@ class Rounds:
     async def drive(self) -> None:
         """Until the run has ended."""
         with self.store.database.bell(self.name) as bell:
-            while not (run := await self.store.run_store.get(self.name)).state.ended:
+            while not (at := await self.store.standings.current(self.name)).run.state.ended:
                 try:
-                    patience = await self.step(run)
+                    patience = await self.step(at.run, at.round)
                 except Raced:
                     continue  # a command or a client came in between: look again
                 if patience > 0:
                     await bell.wait(patience)
 
-    async def step(self, run: StoredRun) -> float:
+    async def step(self, run: StoredRun, round_: StoredRound | None) -> float:
         """One transition, or the seconds after which to look again."""
         if run.state is RunState.CREATED:
             return await self._open_enrolment(run)
@@ -58,7 +59,6 @@ class Rounds:
             return await self._enrol(run)
         if run.started_at is None:
             return _LOOK  # paused before it began
-        round_ = await self.store.round_store.get(run.name, run.round)
         if round_ is None:
             return await self._start(run)
         steps = {
@@ -89,7 +89,8 @@ class Rounds:
 
     async def _enrol(self, run: StoredRun) -> float:
         """Members join by themselves; this closes the door behind them."""
-        found = await self.store.members.all(run.name)
+        asked = run.config.evaluation.evaluators > 0 or run.config.enrol_quiet_seconds > 0
+        found = await self.store.members.glance(run.name) if asked else []
         evaluators = sum(member.role == "evaluator" for member in found)
         complete = evaluators >= run.config.evaluation.evaluators
         if complete and len(run.members) >= run.config.clients:
@@ -110,14 +111,14 @@ class Rounds:
         await self.store.run_store.advance(self.lease, run, failed)
         return 0
 
-    def _until_quiet(self, run: StoredRun, found: list[StoredClient]) -> float:
+    def _until_quiet(self, run: StoredRun, found: list[Glance]) -> float:
         """Seconds until enrolment closes if nobody else comes."""
-        now, quiet = self._now(), run.config.enrol_quiet_seconds
+        now, quiet, members = self._now(), run.config.enrol_quiet_seconds, set(run.members)
         left = run.enrol_until - now
-        if not quiet or len(run.members) < run.config.min_clients:
+        if not quiet or len(members) < run.config.min_clients:
             return left
         opened = run.enrol_until - run.config.enrol_seconds  # again, where a pause came in between
-        newest = max(member.joined_at for member in found if member.id in run.members)
+        newest = max(member.joined_at for member in found if member.id in members)
         return min(left, max(opened, newest) + quiet - now)
 
     async def _close_enrolment(self, run: StoredRun, members: tuple[str, ...]) -> float:
@@ -199,17 +200,16 @@ class Rounds:
 
     async def _collect(self, run: StoredRun, round_: StoredRound) -> float:
         """Until the whole cohort has submitted, or the deadline."""
-        cohort = await self.store.round_store.cohort(run.name, round_)
-        accepted = await self.store.updates.accepted(run.name, round_.number, round_.attempt)
+        place = (run.name, round_.number, round_.attempt)
+        got, cohort = await self.store.updates.progress(*place)
         left = round_.deadline - self._now()
-        if len(accepted) < len(cohort):
+        if got < cohort:
             if left > 0:
                 return left
             if not self.store.members.settled:
                 return _SOON  # the time in which nobody could submit doesn't count
-        needed = len(cohort) if run.config.deterministic else run.config.min_clients
-        if len(accepted) < needed:
-            got = len(accepted)
+        needed = cohort if run.config.deterministic else run.config.min_clients
+        if got < needed:
             return await self._fail(run, round_, got, "updates came in time", got)
         await self.store.round_store.freeze(self.lease, run, round_)
         return 0
@@ -236,23 +236,29 @@ class Rounds:
         accepted = await self.store.updates.accepted(run.name, round_.number, round_.attempt)
         place = (run.name, round_.number, round_.attempt)
         strategy = strategy_of(run.config.strategy)
+        before = await self._before(run, round_)
         updates = self.store.updates.reading(*place, accepted)
         try:
-            tensors = await asyncio.to_thread(aggregated, strategy, updates)
+            state = await asyncio.to_thread(advanced, strategy, before, updates)
         finally:
             updates.stop()  # a coordinator that is being stopped doesn't wait for the merge
-        adapter = await asyncio.to_thread(make_adapter, tensors, run.config.adapter.scale)
-        await self._publish(run, round_, adapter, evaluators, train_metrics(accepted))
+        await self._publish(run, round_, state, evaluators, train_metrics(accepted))
         return 0
+
+    async def _before(self, run: StoredRun, round_: StoredRound) -> State:
+        """Where the round before left the run."""
+        base = await self.store.adapters.get(run, round_.base)
+        return State(base.tensors, await self.store.adapters.moments(run.name, round_.number - 1))
 
     async def _publish(
         self,
         run: StoredRun,
         round_: StoredRound,
-        adapter: StoredAdapter,
+        state: State,
         evaluators: tuple[str, ...],
         metrics: dict[str, float],
     ) -> None:
+        adapter = await asyncio.to_thread(make_adapter, state.adapter, run.config.adapter.scale)
         seen = await self.store.round_store.with_clients(run.name, round_)
         after = replace(
             seen,
@@ -262,31 +268,33 @@ class Rounds:
             evaluators=evaluators,
             metrics=metrics,
         )
-        await self.store.round_store.publish(self.lease, run, round_, adapter, after)
+        await self.store.round_store.publish(self.lease, run, round_, adapter, state.moments, after)
 
     async def _evaluators(self, run: StoredRun, number: int) -> tuple[str, ...] | None:
         """Who is there to evaluate this round; None while that isn't known for sure."""
         roles = evaluating_roles(run, number)
-        members = [client for client in await self.store.members.all(run.name) if client.session]
+        trainers = set(run.members)
         wanted = [
-            client
-            for client in members
-            if client.role in roles and (client.role == "evaluator" or client.id in run.members)
+            member
+            for member in await self.store.members.glance(run.name)
+            if member.session and member.role in roles
+            if member.role == "evaluator" or member.id in trainers
         ]
-        alive = tuple(client.id for client in wanted if client.state == "alive")
+        alive = tuple(member.id for member in wanted if member.alive)
         if len(alive) < len(wanted) and not self.store.members.settled:
             return None
         return alive
 
     async def _evaluate(self, run: StoredRun, round_: StoredRound) -> float:
         """Until everybody who was there has answered, or the deadline."""
-        answers = await self.store.updates.evaluations(run.name, round_.number)
+        answered = await self.store.updates.evaluated(run.name, round_.number)
         left = round_.deadline - self._now()
-        if not set(round_.evaluators) <= answers.keys():
+        if not set(round_.evaluators) <= answered:
             if left > 0:
                 return left
             if not self.store.members.settled:
                 return _SOON
+        answers = await self.store.updates.evaluations(run.name, round_.number)
         digest = round_.adapter_digest
         metrics = {**round_.metrics, **mean_metrics(answers, digest)}
         now = self._now()
@@ -314,10 +322,10 @@ class Rounds:
         log.info("round done", extra={"run": run.name, "round": done.number, **done.metrics})
 
 
-def aggregated(strategy: Strategy, updates: StoredUpdates) -> Tensors:
-    """The next adapter, from what is in Redis. Raises Unavailable."""
+def advanced(strategy: Strategy, before: State, updates: StoredUpdates) -> State:
+    """The state after the round, from what is in Redis. Raises Unavailable."""
     with updates:
-        return strategy.aggregate(updates, READ_BLOCK)
+        return strategy.advance(before, updates, READ_BLOCK)
 
 
 def sample_cohort(candidates: list[str], run: StoredRun, round_: StoredRound) -> list[str]:

@@ -162,9 +162,56 @@ return 1
 """
 )
 
-# A sign of life without news. KEYS: client. ARGV: session, now, task. 1: the session is current.
-TOUCH = """
-if redis.call('HGET', KEYS[1], 'session') ~= ARGV[1] then return 0 end
-redis.call('HSET', KEYS[1], 'last_seen', ARGV[2], 'task', ARGV[3])
-return 1
+# A client that asks for its task: its session is checked, it is heard, and it gets what is offered
+# unless it isn't meant or is done with that already.
+# KEYS: client, done (hash of clients). ARGV: client, session, token id, now, label of the offer
+# ("" for none), role that it is for ("" for any), guards, (hash, field, value)*.
+# {0}: the session has ended, {1}: a guard did not hold, {2, label or "", role, shard}.
+ATTEND = """
+local was = redis.call('HMGET', KEYS[1], 'session', 'token_id', 'role', 'shard')
+if was[1] ~= ARGV[2] or was[2] ~= ARGV[3] then return {0} end
+local at = 8
+for _ = 1, tonumber(ARGV[7]) do
+  if (redis.call('HGET', ARGV[at], ARGV[at + 1]) or '') ~= ARGV[at + 2] then return {1} end
+  at = at + 3
+end
+local label = ARGV[5]
+if label ~= '' and ((ARGV[6] ~= '' and ARGV[6] ~= was[3])
+  or redis.call('HEXISTS', KEYS[2], ARGV[1]) == 1) then label = '' end
+redis.call('HSET', KEYS[1], 'last_seen', ARGV[4], 'task', label)
+return {2, label, was[3], was[4]}
+"""
+
+# Where a run stands, unless the caller knows it already.
+# KEYS: run. ARGV: prefix of its rounds, and of what is known: the run's version and creation and
+# the round's version.
+# 0: there is no such run, 1: it is as it was, or the fields of the run and of its round.
+STANDING = """
+if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
+local run = redis.call('HMGET', KEYS[1], 'version', 'created_at', 'round')
+local round = ARGV[1] .. (run[3] or '')
+if run[1] == ARGV[2] and run[2] == ARGV[3]
+  and (redis.call('HGET', round, 'version') or '') == ARGV[4] then return 1 end
+return {redis.call('HGETALL', KEYS[1]), redis.call('HGETALL', round)}
+"""
+
+# A few fields of every client. KEYS: clients. ARGV: prefix of theirs, field*.
+# A list of (client, value*) for each that is there.
+GLANCE = """
+local found = {}
+local fields = {unpack(ARGV, 2)}
+for _, client in ipairs(redis.call('SMEMBERS', KEYS[1])) do
+  local values = redis.call('HMGET', ARGV[1] .. client, unpack(fields))
+  if values[1] then
+    table.insert(values, 1, client)
+    found[#found + 1] = values
+  end
+end
+return found
+"""
+
+# Who holds a token. KEYS: hashes, tokens. ARGV: the secret's hash. The record, or nothing.
+IDENTIFY = """
+local token = redis.call('HGET', KEYS[1], ARGV[1])
+return token and redis.call('HGET', KEYS[2], token)
 """

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
 from fednano.coordinator import keys
 from fednano.coordinator.auth import CLIENTS, READERS, require
 from fednano.coordinator.enrolment import Applicant, Enrolment
-from fednano.coordinator.fields import StoredClient, StoredRound, StoredRun
+from fednano.coordinator.fields import StoredClient
 from fednano.coordinator.metrics import Metrics
 from fednano.coordinator.records import StoredAdapter
 from fednano.coordinator.store import Store
-from fednano.coordinator.store_members import Spent
+from fednano.coordinator.store_members import Spent, Visitor
+from fednano.coordinator.store_standing import Standing
 from fednano.coordinator.store_updates import EvaluationMeta, Sender, UpdateMeta
 from fednano.coordinator.strategies import strategy_of
 from fednano.coordinator.submission import (
@@ -34,7 +34,6 @@ from fednano.coordinator.tasks import (
     membership,
     must_train,
     next_task,
-    task_label,
     why_stop,
 )
 from fednano.wire.codec import chunked, pack, spec_of
@@ -68,6 +67,8 @@ from fednano.wire.tensor_pb2 import FP32, Header
 log = logging.getLogger(__name__)
 
 _MAX_WAIT_SECONDS = 60.0
+_HEAVY_CALLS = 16  # worked on at a time: a whole cohort's must not hold up those who only ask
+_LOOK_AGAIN_SECONDS = 5.0  # while a call is held open: a ring may have been lost
 _DOING_LENGTH = 80
 _ROLES = {TRAINER: "trainer", EVALUATOR: "evaluator"}
 _RESULTS = {
@@ -95,6 +96,7 @@ class Servicer(CoordinatorServicer):
         self._max_norm = max_update_norm
         self._limit = message_bytes
         self._enrolment = Enrolment(store)
+        self._working = asyncio.Semaphore(_HEAVY_CALLS)  # never held while a client sends or reads
         self._closing = False
 
     def close(self) -> None:
@@ -123,35 +125,31 @@ class Servicer(CoordinatorServicer):
         token, expires = self._signer.issue(Identity(client, identity.role, run))
         return LlmToken(token=token, expires_at_ms=expires)
 
-    async def _member(self, header: Header) -> tuple[StoredRun, StoredClient]:
-        """The run and the member that a header speaks for."""
-        identity = require(CLIENTS)
-        checked_header(header)
-        if not header.run or not header.session:
-            raise InvalidRequest.of("header.session", "a session issued by Join", "nothing")
-        run = await self._store.run_store.get(header.run)
-        return run, await self._store.members.current(
-            header.run, header.client, header.session, identity.token_id
+    async def _member(self, header: Header) -> tuple[Standing, StoredClient]:
+        """Where the run stands and the member that a header speaks for."""
+        visitor = _visitor(header)
+        standing = await self._store.standings.current(visitor.run)
+        return standing, await self._store.members.current(
+            visitor.run, visitor.client, visitor.session, visitor.token_id
         )
 
     async def NextTask(self, request: NextTaskRequest, context: Context) -> NextTaskReply:  # noqa: N802
-        """Held open until there is something to do, or the wait is over."""
-        run, client = await self._member(request.header)
+        """Held open until there is something to do, or the wait is over. A client looks when its
+        run's state or round changes, or its own session; and often enough to count as alive."""
+        visitor = _visitor(request.header)
         now = asyncio.get_running_loop().time
         deadline = now() + min(request.wait_ms / 1000, _MAX_WAIT_SECONDS)
-        touched = -math.inf
-        with self._store.database.bell(run.name) as bell:
+        kinds = ("run", "round", keys.session(visitor.client))
+        patience = min(_LOOK_AGAIN_SECONDS, self._store.members.client_seconds / 3)
+        with self._store.database.bell(visitor.run, kinds, patience) as bell:
             while True:
-                reply = await next_task(self._store, run, client)
+                reply = await next_task(self._store, visitor)
                 left = deadline - now()
-                done = left <= 0 or self._closing or not reply.HasField("wait")
-                if done or now() - touched > self._store.members.client_seconds / 3:
-                    await self._store.members.touch(run.name, client, task_label(reply))
-                    touched = now()
-                if done:
+                if left <= 0 or self._closing or not reply.HasField("wait"):
                     return reply
-                await bell.wait(left)
-                run, client = await self._member(request.header)
+                rung = await bell.wait(left)
+                if self._closing or (not rung and now() >= deadline):
+                    return reply  # nothing has changed
 
     async def GetAdapter(  # noqa: N802
         self, request: GetAdapterRequest, context: Context
@@ -159,7 +157,8 @@ class Servicer(CoordinatorServicer):
         require(READERS)
         checked_header(request.header)
         name = request.run or request.header.run
-        number, adapter = await self._find_adapter(name, request)
+        async with self._working:
+            number, adapter = await self._find_adapter(name, request)
         names = sorted(adapter.tensors)
         specs = [spec_of(tensor, adapter.tensors[tensor], FP32) for tensor in names]
         yield GetAdapterReply(
@@ -174,11 +173,10 @@ class Servicer(CoordinatorServicer):
         self, name: str, request: GetAdapterRequest
     ) -> tuple[int, StoredAdapter]:
         """The round and adapter that `request` asks for."""
-        run = await self._store.run_store.get(name)
+        run = (await self._store.standings.current(name)).run
         which = request.WhichOneof("which")
         if which == "digest":
-            adapter = await self._store.adapter(name, request.digest)
-            return await self._store.adapters.round_of(name, request.digest), adapter
+            return await self._store.adapters.find(run, request.digest)
         if which is None:
             raise InvalidRequest.of("which", "digest, round, best or last", "nothing")
         numbers = {"round": request.round, "best": run.best_round, "last": run.last_round}
@@ -194,30 +192,31 @@ class Servicer(CoordinatorServicer):
         come and everything was checked."""
         require(CLIENTS)
         head = await receive_head(stream)
-        run, client = await self._member(head.header)
-        spent = spent_of(head.costs)
-        sender = _sender(head.header)
+        spent, sender = spent_of(head.costs), _sender(head.header)
         try:
-            rules = await self._rules(run, client, sender)
+            async with self._working:
+                standing, client = await self._member(head.header)
+                rules = await self._rules(standing, client, sender)
             meta = update_meta(head, rules)
             payload, digest = await receive_payload(stream, head, self._limit)
-            tensors = await asyncio.to_thread(checked, head, payload, digest, rules)
+            async with self._working:
+                tensors = await asyncio.to_thread(checked, head, payload, digest, rules)
+                result = await self._store.updates.claim(sender, tensors, meta, spent)
         except Refused as refused:
             meta, reason = UpdateMeta(head.samples), str(refused)
             result = await self._store.updates.claim(sender, {}, meta, spent, reason)
             return self._answer(result, spent, reason)
-        result = await self._store.updates.claim(sender, tensors, meta, spent)
         return self._answer(result, spent)
 
-    async def _rules(self, run: StoredRun, client: StoredClient, sender: Sender) -> Rules:
+    async def _rules(self, standing: Standing, client: StoredClient, sender: Sender) -> Rules:
         """Raises Refused where no update of the client is wanted: the store says late, duplicate or
         stranger then."""
-        round_ = await self._store.round_store.get(run.name, sender.round)
-        if round_ is None or round_.attempt != sender.attempt or not round_.base:
+        run, round_ = standing.run, standing.round
+        if run.state.ended or round_ is None or round_.number != sender.round:
+            raise Refused("there is no such round, or it has moved on")
+        if round_.attempt != sender.attempt or not round_.base:
             raise Refused("there is no such attempt of a round")
-        if run.state.ended or run.round != round_.number:
-            raise Refused("the round has moved on")
-        if not await must_train(self._store, run, round_, client):
+        if not await must_train(self._store, standing, client):
             raise Refused("no update of this client is wanted now")
         base = await self._store.adapters.get(run, round_.base)
         return Rules(round_.base, base.tensors, strategy_of(run.config.strategy), self._max_norm)
@@ -233,15 +232,14 @@ class Servicer(CoordinatorServicer):
     async def SubmitEvaluation(  # noqa: N802
         self, request: SubmitEvaluationRequest, context: Context
     ) -> SubmitReply:
-        run, client = await self._member(request.header)
+        standing, client = await self._member(request.header)
         sender, spent = _sender(request.header), spent_of(request.costs)
         meta = EvaluationMeta(
             client.role,
             {item.adapter: item.samples for item in request.evaluations},
             {item.adapter: metrics_of(item.metrics) for item in request.evaluations},
         )
-        round_ = await self._store.round_store.get(run.name, sender.round)
-        reason = _evaluation_refusal(run, round_, client, sender, meta)
+        reason = _evaluation_refusal(standing, client, sender, meta)
         if reason:
             return SubmitReply(result=SubmitReply.REFUSED, reason=reason)
         result = await self._store.updates.claim_evaluation(sender, meta, spent)
@@ -253,7 +251,8 @@ class Servicer(CoordinatorServicer):
     async def Heartbeat(  # noqa: N802
         self, request: HeartbeatRequest, context: Context
     ) -> HeartbeatReply:
-        run, client = await self._member(request.header)
+        standing, client = await self._member(request.header)
+        run = standing.run
         if not 0 <= request.progress <= 1:
             raise InvalidRequest.of("progress", "0 to 1", request.progress)
         header, spent = request.header, spent_of(request.costs)
@@ -268,8 +267,7 @@ class Servicer(CoordinatorServicer):
         )
         await self._store.members.beat(run.name, told, header.round, spent)
         self._metrics.spent(spent)
-        round_ = await self._store.round_store.get(run.name, run.round)
-        reason = why_stop(run, round_, client, header.round, header.attempt)
+        reason = why_stop(run, standing.round, client, header.round, header.attempt)
         return HeartbeatReply(stop=bool(reason), reason=reason, llm_token=token)
 
     def _renewed(self, client: StoredClient, run: str) -> LlmToken | None:
@@ -287,6 +285,15 @@ def checked_header(header: Header) -> None:
         raise InvalidRequest.of(
             "header.client", "1 to 128 letters, digits, '.', '_' or '-'", repr(header.client)
         )
+
+
+def _visitor(header: Header) -> Visitor:
+    """The member that a header says it speaks for. Raises InvalidRequest, PermissionDenied."""
+    identity = require(CLIENTS)
+    checked_header(header)
+    if not header.run or not header.session:
+        raise InvalidRequest.of("header.session", "a session issued by Join", "nothing")
+    return Visitor(header.run, header.client, header.session, identity.token_id)
 
 
 def _applicant(request: JoinRequest, identity: Identity) -> Applicant:
@@ -312,14 +319,11 @@ def _sender(header: Header) -> Sender:
 
 
 def _evaluation_refusal(
-    run: StoredRun,
-    round_: StoredRound | None,
-    client: StoredClient,
-    sender: Sender,
-    meta: EvaluationMeta,
+    standing: Standing, client: StoredClient, sender: Sender, meta: EvaluationMeta
 ) -> str:
     """Why an evaluation can't be used; "" if it can, or if the store will call it late."""
-    if round_ is None or (round_.number, round_.attempt) != (run.round, sender.attempt):
+    run, round_ = standing.run, standing.round
+    if round_ is None or (round_.number, round_.attempt) != (sender.round, sender.attempt):
         return ""
     if round_.adapter_digest not in meta.metrics:
         return f"evaluations: expected one of {round_.adapter_digest}, got {sorted(meta.metrics)}"

@@ -27,6 +27,7 @@ from fednano.coordinator.store_lease import LeaseStore
 from fednano.coordinator.store_members import MemberStore
 from fednano.coordinator.store_rounds import RoundStore
 from fednano.coordinator.store_runs import RunStore
+from fednano.coordinator.store_standing import StandingStore
 from fednano.coordinator.store_tokens import TokenStore
 from fednano.coordinator.store_updates import UpdateStore
 from fednano.wire.errors import Conflict, NotFound, Problem
@@ -45,6 +46,7 @@ class Store:
         self.database = database
         self.lease = LeaseStore(database)
         self.run_store = RunStore(database)
+        self.standings = StandingStore(database)
         self.members = MemberStore(database, self.run_store, client_seconds)
         self.adapters = AdapterStore(database)
         self.updates = UpdateStore(database)
@@ -94,7 +96,7 @@ class Store:
         await self.database.call("SET", keys.SCHEMA, SCHEMA)
 
     def listening(self) -> AbstractAsyncContextManager[None]:
-        """Meanwhile, waits end as soon as something changes rather than within a second."""
+        """Meanwhile, waits end as soon as something changes rather than when they look again."""
         return self.database.listening()
 
     async def close(self) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import accumulate
@@ -12,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from fednano.coordinator import keys
-from fednano.coordinator.database import Commit, Database
+from fednano.coordinator.database import Commit, Database, Raced
 from fednano.coordinator.fields import StoredRun
 from fednano.coordinator.records import StoredAdapter, Tensors
 from fednano.coordinator.strategies import Span
 from fednano.wire.errors import NotFound
 
 _DIGITS = set("0123456789abcdef")
+_HELD = 2  # adapters in memory: what is trained from, and one that is evaluated or asked for
 ByteRange = tuple[int, int]  # the first byte, and the one after the last
 
 
@@ -80,21 +83,41 @@ class AdapterStore:
 
     def __init__(self, database: Database) -> None:
         self._db = database
+        self._newest: OrderedDict[str, StoredAdapter] = OrderedDict()  # by key, newest last
+        self._reading = asyncio.Lock()
 
     async def get(self, run: StoredRun, digest: str) -> StoredAdapter:
         """Raises NotFound, saying when retention dropped it."""
+        return (await self.find(run, digest))[1]
+
+    async def find(self, run: StoredRun, digest: str) -> tuple[int, StoredAdapter]:
+        """The newest round that made it, and the adapter. Raises NotFound, saying when retention
+        dropped it."""
         meta = await self._meta(run.name, digest)
         if meta is None:
             raise NotFound(f"run {run.name!r} has no adapter with the digest {digest!r}")
-        data = await self._db.call("GET", keys.adapter(run.name, digest))
-        if data is None:
+        adapter = await self._read(keys.adapter(run.name, digest), digest, meta)
+        if adapter is None:
             raise NotFound(_dropped(run, digest, await self._meta(run.name, digest) or meta))
-        return StoredAdapter(digest, meta["scale"], unpack_tensors(meta["layout"], data))
+        return int(meta["round"]), adapter
 
-    async def round_of(self, name: str, digest: str) -> int:
-        """The newest round that made it."""
-        meta = await self._meta(name, digest)
-        return int(meta["round"]) if meta else 0
+    async def _read(self, key: str, digest: str, meta: dict[str, Any]) -> StoredAdapter | None:
+        """None where Redis no longer has it. A round's whole cohort asks for the same one, which
+        its digest says can't change: it is read once."""
+        if not await self._db.small("EXISTS", key):
+            return None
+        async with self._reading:
+            if key in self._newest:
+                self._newest.move_to_end(key)
+                return self._newest[key]
+            data = await self._db.call("GET", key)
+            if data is None:
+                return None
+            tensors = unpack_tensors(meta["layout"], data)
+            self._newest[key] = StoredAdapter(digest, meta["scale"], tensors)
+            if len(self._newest) > _HELD:
+                self._newest.popitem(last=False)
+            return self._newest[key]
 
     async def digest_of_round(self, name: str, number: int) -> str:
         """Raises NotFound."""
@@ -106,7 +129,7 @@ class AdapterStore:
     async def _meta(self, name: str, digest: str) -> dict[str, Any] | None:
         if len(digest) != 64 or not set(digest) <= _DIGITS:
             return None
-        text = await self._db.call("HGET", keys.adapters(name), digest)
+        text = await self._db.small("HGET", keys.adapters(name), digest)
         meta: dict[str, Any] | None = json.loads(text) if text else None
         return meta
 
@@ -119,6 +142,24 @@ class AdapterStore:
         commit.do("HSET", keys.adapters(name), adapter.digest, meta)
         commit.do("HSET", keys.adapter_rounds(name), number, adapter.digest)
         commit.do("ZADD", keys.kept_rounds(name), number, number)
+
+    def put_moments(self, commit: Commit, name: str, number: int, moments: Tensors) -> None:
+        """Adds to `commit` what a server optimiser carries out of round `number`."""
+        if moments:
+            layout, data = pack_tensors(moments)
+            fields = ("round", number, "layout", json.dumps(layout), "data", data)
+            commit.do("HSET", keys.moments(name), *fields)
+
+    async def moments(self, name: str, number: int) -> Tensors:
+        """What a server optimiser carried out of round `number`; nothing where there is none, or
+        where nothing came before. Raises Raced where a later round has been published."""
+        found = await self._db.call("HMGET", keys.moments(name), "round", "layout", "data")
+        if found[0] is None:
+            return {}
+        if int(found[0]) > number:
+            raise Raced("another coordinator has merged this round")
+        assert int(found[0]) == number, f"moments of round {found[0]!r}, not of {number}"
+        return unpack_tensors(json.loads(found[1]), found[2])
 
     async def retain(self, commit: Commit, run: StoredRun, done: int) -> None:
         """Adds to `commit` what retention drops after round `done`; first, best and last stay."""

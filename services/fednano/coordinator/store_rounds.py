@@ -17,6 +17,7 @@ from fednano.coordinator.records import (
     RoundState,
     RunState,
     StoredAdapter,
+    Tensors,
 )
 from fednano.coordinator.store_adapters import AdapterStore
 from fednano.coordinator.store_members import MemberStore
@@ -79,13 +80,6 @@ class RoundStore:
         """The clients that are to train, by id."""
         key = keys.cohort(name, round_.number, round_.attempt)
         return _ids(await self._db.call("SMEMBERS", key))
-
-    async def in_cohort(self, name: str, round_: StoredRound, client: str) -> bool:
-        key = keys.cohort(name, round_.number, round_.attempt)
-        return bool(await self._db.call("SISMEMBER", key, client))
-
-    async def has_evaluated(self, name: str, number: int, client: str) -> bool:
-        return bool(await self._db.call("HEXISTS", keys.evaluations(name, number), client))
 
     async def start(
         self, lease: str, run: StoredRun, adapter: StoredAdapter, first: StoredRound
@@ -163,11 +157,13 @@ class RoundStore:
         run: StoredRun,
         round_: StoredRound,
         adapter: StoredAdapter,
+        moments: Tensors,
         after: StoredRound,
     ) -> None:
-        """The merged adapter, and who is to evaluate it."""
+        """The merged adapter, what a server optimiser carries on, and who is to evaluate it."""
         commit = Commit(lease).expect(keys.run(run.name), "state", run.state)
         self._adapters.put(commit, run.name, round_.number, adapter)
+        self._adapters.put_moments(commit, run.name, round_.number, moments)
         self._write(commit, run, round_, after)
         await self._db.commit(commit)
 
@@ -187,6 +183,8 @@ class RoundStore:
         self._write(commit, run, round_, replace(seen, bytes=amounts))
         expire_updates(commit, run.name, round_, seen.clients.submitted)
         await self._adapters.retain(commit, changed, round_.number)
+        if changed.state.ended:
+            commit.do("DEL", keys.moments(run.name))
         self._runs.change(commit, run, changed)
         await self._db.commit(commit)
 

@@ -22,6 +22,7 @@ UPDATE_SECONDS = 300  # how long updates outlive their round
 _EVENT_ID = re.compile(r"([0-9]{1,20})(?:-([0-9]{1,20}))?")
 _EVENT_ID_END = 1 << 63  # Redis counts to 64 bits, and needs room for "after that one"
 _TRIES = 20
+_MOVES = ("state", "round", "started_at")  # whoever waits for a task wants to know
 _FULL = 0.8  # of maxmemory: no new runs beyond
 _OPEN_ROUNDS = (RoundState.OPEN, RoundState.COLLECTING, RoundState.MERGING, RoundState.EVALUATING)
 
@@ -154,7 +155,8 @@ class RunStore:
         old, new = RUN.dump(before), RUN.dump(written)
         commit.expect(key, "version", str(before.version))
         commit.set_fields(key, {name: text for name, text in new.items() if old[name] != text})
-        commit.tell(before.name, "run", RUN.public(written))
+        moved = any(getattr(before, name) != getattr(after, name) for name in _MOVES)
+        commit.tell(before.name, "run", RUN.public(written), "run" if moved else keys.SEATS)
         if written.state.ended:
             commit.do("SREM", keys.ACTIVE, before.name)
             commit.do("PUBLISH", keys.ACTIVE_BELL, "ended")

@@ -64,8 +64,9 @@ class TokenStore:
         digest = _digest(secret)
         if self._bootstrap and hmac.compare_digest(digest, self._bootstrap):
             return BOOTSTRAP
-        token_id = await self._db.call("HGET", keys.TOKEN_HASHES, digest)
-        record = await self.get(token_id.decode()) if token_id else None
+        names = [keys.TOKEN_HASHES, keys.TOKENS]
+        text = await self._db.small_script("IDENTIFY", names, [digest])
+        record = TokenRecord(**json.loads(text)) if text else None
         if record is None or record.revoked:
             raise Unauthenticated
         return Identity(name=record.name, role=record.role, token_id=record.id)

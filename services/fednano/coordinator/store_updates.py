@@ -141,7 +141,22 @@ class UpdateStore:
 
     async def has_submitted(self, run: str, number: int, attempt: int, client: str) -> bool:
         key = keys.submitted(run, number, attempt)
-        return bool(await self._db.call("HEXISTS", key, client))
+        return bool(await self._db.small("HEXISTS", key, client))
+
+    async def progress(self, run: str, number: int, attempt: int) -> tuple[int, int]:
+        """How many updates were accepted, and how many clients are to train."""
+        done, cohort = await self._db.pipeline(
+            [
+                ("HLEN", keys.submitted(run, number, attempt)),
+                ("SCARD", keys.cohort(run, number, attempt)),
+            ]
+        )
+        return int(done), int(cohort)
+
+    async def evaluated(self, run: str, number: int) -> set[str]:
+        """Who has evaluated the round."""
+        found = await self._db.call("HKEYS", keys.evaluations(run, number))
+        return {client.decode() for client in found}
 
     def reading(
         self, run: str, number: int, attempt: int, accepted: dict[str, UpdateMeta]

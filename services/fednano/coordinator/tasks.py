@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from fednano.coordinator import keys
 from fednano.coordinator.fields import StoredClient, StoredRound, StoredRun
 from fednano.coordinator.records import RoundState
 from fednano.coordinator.rounds import evaluating_roles
 from fednano.coordinator.store import Store
+from fednano.coordinator.store_members import Offer, Seat, Visitor
+from fednano.coordinator.store_standing import Standing
 from fednano.wire.coordinator_pb2 import (
     EvaluateTask,
     Finished,
@@ -14,47 +17,68 @@ from fednano.wire.coordinator_pb2 import (
     TrainTask,
     Wait,
 )
+from fednano.wire.errors import Busy
 
 RETRY_MS = 200
+_TRIES = 20
 
 
-async def next_task(store: Store, run: StoredRun, client: StoredClient) -> NextTaskReply:
-    """train, evaluate, wait or finished."""
+async def next_task(store: Store, visitor: Visitor) -> NextTaskReply:
+    """train, evaluate, wait or finished. Raises SessionEnded."""
+    for _ in range(_TRIES):
+        standing = await store.standings.shared(visitor.run)
+        offer = _offer(standing, visitor.client)
+        seat = await store.members.attend(visitor, standing, offer)
+        if seat is not None:
+            return _reply(standing, seat)
+        store.standings.forget(standing)
+    raise Busy("the run changes too fast; try again")
+
+
+def _offer(standing: Standing, client: str) -> Offer:
+    """What there is for this client, if it has the role and hasn't done it yet."""
+    run, round_ = standing.run, standing.round
+    if run.state.ended or run.started_at is None or round_ is None:
+        return Offer()
+    place = (run.name, round_.number)
+    if client in standing.cohort and client in standing.members:
+        done = keys.submitted(*place, round_.attempt)
+        return Offer(_label("train", round_), "trainer", done)
+    if round_.state is RoundState.EVALUATING:
+        # A late evaluator is asked, too; a trainer only if it was there when the round was merged.
+        role = "" if client in standing.evaluators else "evaluator"
+        if role == "" or "evaluator" in evaluating_roles(run, round_.number):
+            return Offer(_label("evaluate", round_), role, keys.evaluations(*place))
+    return Offer()
+
+
+def _label(kind: str, round_: StoredRound) -> str:
+    return f"{kind}:{round_.number}:{round_.attempt}"
+
+
+def _reply(standing: Standing, seat: Seat) -> NextTaskReply:
+    run, round_ = standing.run, standing.round
     if run.state.ended:
         return NextTaskReply(finished=Finished(run_state=run.state.value, reason=run.failure))
     if run.started_at is None:
         return _wait(f"{len(run.members)} of {run.config.clients} clients have joined")
-    if client.role == "trainer" and client.id not in run.members:
+    if seat.role == "trainer" and seat.client not in standing.members:
         return _wait("enrolment closed without this client")
-    round_ = await store.round_store.get(run.name, run.round)
     if round_ is None:
         return _wait("the first round is being prepared")
-    if await must_train(store, run, round_, client):
-        return NextTaskReply(train=_train(run, round_, client))
-    if await must_evaluate(store, run, round_, client):
-        return NextTaskReply(evaluate=_evaluate(run, round_, client))
+    if seat.task.startswith("train"):
+        return NextTaskReply(train=_train(run, round_, seat))
+    if seat.task:
+        return NextTaskReply(evaluate=_evaluate(run, round_, seat))
     return _wait(f"round {round_.number} is {round_.state}")
 
 
-async def must_train(
-    store: Store, run: StoredRun, round_: StoredRound, client: StoredClient
-) -> bool:
+async def must_train(store: Store, standing: Standing, client: StoredClient) -> bool:
     """Whether an update of this client is wanted for the round's present attempt."""
-    if round_.state is not RoundState.COLLECTING or client.role != "trainer":
+    run, round_ = standing.run, standing.round
+    if round_ is None or client.role != "trainer" or client.id not in standing.cohort:
         return False
-    if not await store.round_store.in_cohort(run.name, round_, client.id):
-        return False
-    place = (run.name, round_.number, round_.attempt)
-    return not await store.updates.has_submitted(*place, client.id)
-
-
-async def must_evaluate(
-    store: Store, run: StoredRun, round_: StoredRound, client: StoredClient
-) -> bool:
-    """Whether this client's evaluation of the round is wanted; a late evaluator's is, too."""
-    if not may_evaluate(run, round_, client):
-        return False
-    return not await store.round_store.has_evaluated(run.name, round_.number, client.id)
+    return not await store.updates.has_submitted(run.name, round_.number, round_.attempt, client.id)
 
 
 def may_evaluate(run: StoredRun, round_: StoredRound, client: StoredClient) -> bool:
@@ -63,15 +87,6 @@ def may_evaluate(run: StoredRun, round_: StoredRound, client: StoredClient) -> b
     if client.role == "evaluator":
         return "evaluator" in evaluating_roles(run, round_.number)
     return client.id in round_.evaluators
-
-
-def task_label(reply: NextTaskReply) -> str:
-    """What the client was handed, as it is kept with the client."""
-    if reply.HasField("train"):
-        return f"train:{reply.train.round}:{reply.train.attempt}"
-    if reply.HasField("evaluate"):
-        return f"evaluate:{reply.evaluate.round}:{reply.evaluate.attempt}"
-    return ""
 
 
 def why_stop(
@@ -103,7 +118,7 @@ def membership(run: StoredRun, client: StoredClient) -> Membership:
     )
 
 
-def _shard(run: StoredRun, client: StoredClient) -> tuple[int, int]:
+def _shard(run: StoredRun, client: StoredClient | Seat) -> tuple[int, int]:
     """Index and number of shards; 0 of 0 where there are none, or none yet."""
     dealt = run.config.data.source == "digits" and run.started_at is not None
     if not dealt or client.shard is None:
@@ -111,7 +126,7 @@ def _shard(run: StoredRun, client: StoredClient) -> tuple[int, int]:
     return client.shard, len(run.members)
 
 
-def _train(run: StoredRun, round_: StoredRound, client: StoredClient) -> TrainTask:
+def _train(run: StoredRun, round_: StoredRound, client: Seat) -> TrainTask:
     shard, of = _shard(run, client)
     return TrainTask(
         round=round_.number,
@@ -124,7 +139,7 @@ def _train(run: StoredRun, round_: StoredRound, client: StoredClient) -> TrainTa
     )
 
 
-def _evaluate(run: StoredRun, round_: StoredRound, client: StoredClient) -> EvaluateTask:
+def _evaluate(run: StoredRun, round_: StoredRound, client: Seat) -> EvaluateTask:
     shard, of = _shard(run, client)
     return EvaluateTask(
         round=round_.number,

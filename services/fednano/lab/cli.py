@@ -13,7 +13,9 @@ FLOWER_VENV = Path("~/.cache/fednano/flower")
 def demo_command(
     clients: Annotated[int, typer.Option(min=1, max=64, help="Client processes.")] = 4,
     rounds: Annotated[int, typer.Option(min=1, help="Federated rounds.")] = 10,
-    strategy: Annotated[str, typer.Option(help="fedavg, fednano or fednano-ef.")] = "fednano-ef",
+    strategy: Annotated[
+        str, typer.Option(help="fedavg, fednano, fednano-ef or another of docs/strategies.md.")
+    ] = "fednano-ef",
     partition: Annotated[str, typer.Option(help="iid or dirichlet:ALPHA.")] = "dirichlet:0.5",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     keep: Annotated[bool, typer.Option("--keep", help="Go on serving when it is done.")] = False,

@@ -22,7 +22,7 @@ from fednano.lab.federation import Federation
 from fednano.lab.processes import Processes, ProcessFailed, TookTooLong
 from fednano.settings import invalid
 from fednano.wire.errors import FedNanoError, InvalidRequest
-from fednano.wire.run_config import RunConfig
+from fednano.wire.run_config import RunConfig, StrategyConfig
 
 _POLL_SECONDS = 0.5
 _RUN = "demo"
@@ -69,7 +69,7 @@ class Demo:
         body = {
             "name": _RUN,
             "clients": self.clients,
-            "min_clients": min(2, self.clients),
+            "min_clients": max(min(2, self.clients), self._least_updates()),
             "rounds": self.rounds,
             "seed": self.seed,
             "strategy": {"name": self.strategy},
@@ -80,6 +80,12 @@ class Demo:
             return RunConfig.model_validate(body)
         except ValidationError as error:
             raise invalid(error) from None
+
+    def _least_updates(self) -> int:
+        try:
+            return StrategyConfig.model_validate({"name": self.strategy}).least_updates
+        except ValidationError:
+            return 1  # `config` says what is wrong
 
     def run(self, keep: bool, json_file: Path | None) -> int:
         """Returns the exit status; every process that was started has ended by then."""

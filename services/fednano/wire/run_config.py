@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -66,14 +67,124 @@ class TrainingConfig(_Section):
         return self
 
 
-class StrategyConfig(_Section):
-    """How updates are merged."""
+StrategyName = Literal[
+    "fedavg",
+    "fedavgm",
+    "fedadagrad",
+    "fedadam",
+    "fedyogi",
+    "fedprox",
+    "fednano",
+    "fednano-ef",
+    "median",
+    "trimmed-mean",
+    "krum",
+    "multi-krum",
+    "product",
+    "ffa",
+]
+_FISHER: dict[str, str | float] = {"fisher": "scaled", "damping": 0.1}
+_ADAPTIVE: dict[str, str | float] = {"server_learning_rate": 0.01, "adaptivity": 1e-3}
+_MOMENTS: dict[str, str | float] = {"momentum": 0.9, "second_momentum": 0.99}
+_SETTINGS: dict[str, dict[str, str | float]] = {
+    "fedavgm": {"momentum": 0.9},
+    "fedadagrad": _ADAPTIVE,
+    "fedadam": _ADAPTIVE | _MOMENTS,
+    "fedyogi": _ADAPTIVE | _MOMENTS,
+    "fedprox": {"mu": 0.01},
+    "fednano": _FISHER,
+    "fednano-ef": _FISHER,
+    "trimmed-mean": {"trim": 0.2},
+    "krum": {"byzantine": 1},
+    "multi-krum": {"byzantine": 1, "selected": 0},
+}  # what a strategy can be told, with the defaults; nothing else
 
-    name: Literal["fedavg", "fednano", "fednano-ef"] = "fednano-ef"
-    fisher: Literal["scaled", "raw"] = Field(
-        "scaled", description="scaled: each tensor's Fisher divided by its mean, per client"
+
+class StrategyConfig(_Section):
+    """How updates are merged. A setting that the strategy doesn't have is null."""
+
+    name: StrategyName = "fednano-ef"
+    fisher: Literal["scaled", "raw"] | None = Field(
+        None,
+        description="fednano, fednano-ef: scaled (the default), each tensor's Fisher divided by its"
+        " mean, per client; or raw",
     )
-    damping: float = Field(0.1, ge=0, le=1e6, description="lambda, added to every Fisher value")
+    damping: float | None = Field(
+        None,
+        ge=0,
+        le=1e6,
+        description="fednano, fednano-ef: lambda, added to every Fisher value; 0.1",
+    )
+    mu: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="fedprox: pull of a client towards the round's adapter; 0.01",
+    )
+    server_learning_rate: float | None = Field(
+        None, gt=0, le=100, description="fedadagrad, fedadam, fedyogi: of the server's step; 0.01"
+    )
+    momentum: float | None = Field(
+        None, ge=0, lt=1, description="fedavgm, fedadam, fedyogi: of the server's step; 0.9"
+    )
+    second_momentum: float | None = Field(
+        None, gt=0, lt=1, description="fedadam, fedyogi: decay of the second moment; 0.99"
+    )
+    adaptivity: float | None = Field(
+        None,
+        ge=1e-9,
+        le=1,
+        description="fedadagrad, fedadam, fedyogi: tau, added to the root of the second moment;"
+        " 0.001",
+    )
+    trim: float | None = Field(
+        None, gt=0, lt=0.5, description="trimmed-mean: share left out at either end; 0.2"
+    )
+    byzantine: int | None = Field(
+        None, ge=1, le=10_000, description="krum, multi-krum: bad updates that it withstands; 1"
+    )
+    selected: int | None = Field(
+        None, ge=0, le=100_000, description="multi-krum: updates averaged; 0: all but byzantine"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settles(cls, given: Any) -> Any:
+        """Fills in the strategy's defaults and refuses the settings of others."""
+        if not isinstance(given, dict):
+            return given
+        name = given.get("name", "fednano-ef")
+        own = _SETTINGS.get(name, {}) if isinstance(name, str) else {}
+        values = {field: value for field, value in given.items() if value is not None}
+        if name == "fedavg":  # with which 0.1.0 wrote these down
+            values = {f: v for f, v in values.items() if (f, v) not in _FISHER.items()}
+        for field in sorted(values.keys() & _owners().keys() - own.keys()):
+            has = ", ".join(_owners()[field])
+            raise ValueError(
+                f"strategy.{field}: expected nothing for {name!r}, as it is a setting of {has}"
+                f" alone, got {str(values[field])[:_SHOWN]}"
+            )
+        return own | values
+
+    @property
+    def least_updates(self) -> int:
+        """Below which merging would be impossible, or withstand nothing."""
+        if self.name == "median":
+            return 3  # the median of two is their mean
+        if self.trim is not None:
+            return math.ceil(1 / self.trim - 1e-9)  # so that one is left out at either end
+        if self.byzantine is not None:
+            return max(2 * self.byzantine + 3, (self.selected or 1) + self.byzantine)
+        return 1
+
+
+def _owners() -> dict[str, list[str]]:
+    """Which strategies have a setting."""
+    fields = {field for settings in _SETTINGS.values() for field in settings}
+    return {
+        field: [name for name, settings in _SETTINGS.items() if field in settings]
+        for field in fields
+    }
 
 
 class DataConfig(_Section):
@@ -164,6 +275,11 @@ class RunConfig(_Section):
         if self.cohort and not self.min_clients <= self.cohort <= self.clients:
             raise ValueError(
                 f"cohort: expected 0 or {self.min_clients} to {self.clients}, got {self.cohort}"
+            )
+        if self.min_clients < self.strategy.least_updates:
+            raise ValueError(
+                f"min_clients: expected at least {self.strategy.least_updates} updates for"
+                f" strategy.name {self.strategy.name} as it is set, got {self.min_clients}"
             )
         if self.data.source == "digits" and self.clients > DIGITS_CLIENTS:
             raise ValueError(

@@ -89,6 +89,8 @@ def _latency(played: Played, setting: dict[str, str | int | float]) -> Iterator[
             "largest ms": float(held.max()),
             "calls in all": played.calls,
             "calls of any kind tried again": sum(played.repeated.values()),
+            "p99 of the clients' own lateness ms": float(np.percentile(played.late, 99)) * 1000,
+            "the clients' CPU s": played.cpu_seconds,
         },
         Reach("at most", 250.0),
     )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -20,10 +19,11 @@ import redis
 
 from fednano.coordinator.database import Database
 from fednano.coordinator.records import Tensors
-from fednano.coordinator.rounds import READ_BLOCK, aggregated
+from fednano.coordinator.rounds import READ_BLOCK, advanced
 from fednano.coordinator.store_adapters import Places, pack_tensors, unpack_tensors
 from fednano.coordinator.store_updates import StoredUpdates, UpdateMeta, packed_update
-from fednano.coordinator.strategies import FISHER, FedAvg, FisherMerging, Update
+from fednano.coordinator.strategies import FISHER, FedAvg, FisherMerging, State, Update
+from fednano.lab.bench.peak import peak_bytes
 
 REDIS_URL = "FEDNANO_BENCH_REDIS_URL"  # by environment, as it holds the password
 NAME = "theta"
@@ -115,17 +115,7 @@ def _memory(job: Job) -> dict[str, float]:
     """Peak resident bytes of a process that merges once."""
     before = psutil.Process().memory_info().rss
     _merge(job)
-    return {"before": before, "peak": _peak_bytes()}
-
-
-def _peak_bytes() -> int:
-    """Linux counts a parent's memory in ru_maxrss, but not in VmHWM."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) << 10
+    return {"before": before, "peak": peak_bytes()}
 
 
 def _merge(job: Job) -> Tensors:
@@ -137,7 +127,7 @@ def _merge(job: Job) -> Tensors:
         names[client] = _key(index % job.distinct)
     database = Database(os.environ[REDIS_URL], time.time)
     updates = StoredUpdates(database, accepted, names)
-    return aggregated(FisherMerging(0.1, scaled=True), updates)
+    return advanced(FisherMerging(0.1, scaled=True), State({}), updates).adapter
 
 
 def _get(job: Job, server: redis.Redis) -> None:

@@ -49,6 +49,7 @@ _FILES_SPARE = 200
 _AGAIN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)  # as real clients do
 _PAUSE_SECONDS = 0.5
 _TRIES = 100
+_TICK_SECONDS = 0.01
 
 
 @dataclass
@@ -64,12 +65,15 @@ class Played:
     submit_seconds: list[float] = field(default_factory=list)
     acknowledged: list[tuple[int, str]] = field(default_factory=list)
     repeated: Counter[str] = field(default_factory=Counter)  # calls that failed, by status
+    late: list[float] = field(default_factory=list)  # how late this process itself was, in seconds
+    cpu_seconds: float = 0.0  # of this process
 
 
 async def play(target: str, token: str, run: str, clients: int, wait_ms: int) -> Played:
     """Until the run has finished."""
     played, joining = Played(), asyncio.Semaphore(_JOINING)
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
+    watch = asyncio.create_task(_watch(played))
     try:
         async with asyncio.TaskGroup() as tasks:
             for number in range(clients):
@@ -77,8 +81,19 @@ async def play(target: str, token: str, run: str, clients: int, wait_ms: int) ->
                 tasks.create_task(client.live(joining))
     except* grpc.aio.AioRpcError as errors:
         raise BenchFailed(f"a simulated client got {errors.exceptions[0]}") from None
+    finally:
+        watch.cancel()
     played.seconds = time.perf_counter() - start
+    played.cpu_seconds = time.process_time() - used
     return played
+
+
+async def _watch(played: Played) -> None:
+    """All clients share one loop: what they call latency includes how late that is."""
+    while True:
+        asked = time.perf_counter()
+        await asyncio.sleep(_TICK_SECONDS)
+        played.late.append(time.perf_counter() - asked - _TICK_SECONDS)
 
 
 def allow_files(clients: int) -> None:

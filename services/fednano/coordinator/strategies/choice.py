@@ -1,0 +1,67 @@
+"""From a run's configuration to its strategy, and to the adapter that it starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import numpy as np
+
+from fednano.coordinator.records import Tensors
+from fednano.coordinator.strategies.low_rank import FrozenDown, ProductMean
+from fednano.coordinator.strategies.means import FedAvg, FisherMerging
+from fednano.coordinator.strategies.optimizers import Adaptive, FedAvgM, ServerOptimizer
+from fednano.coordinator.strategies.robust import Krum, Median, TrimmedMean
+from fednano.coordinator.strategies.state import Strategy
+from fednano.wire.run_config import StrategyConfig
+
+T = TypeVar("T")
+
+
+def strategy_of(config: StrategyConfig) -> Strategy:
+    """The strategy that a run is configured with."""
+    return _MADE[config.name](config)
+
+
+def _adaptive(config: StrategyConfig) -> ServerOptimizer:
+    assert config.name in ("fedadagrad", "fedadam", "fedyogi")
+    rates = (_set(config.server_learning_rate), _set(config.adaptivity))
+    moments = (config.momentum or 0.0, config.second_momentum or 0.0)  # FedAdagrad has neither
+    return ServerOptimizer(Adaptive(config.name, *rates, *moments))
+
+
+def _set(value: T | None) -> T:
+    """The configuration gives every setting that its strategy has."""
+    assert value is not None
+    return value
+
+
+_MADE: dict[str, Callable[[StrategyConfig], Strategy]] = {
+    "fedavg": lambda config: FedAvg(),
+    "fedavgm": lambda config: ServerOptimizer(FedAvgM(_set(config.momentum))),
+    "fedadagrad": _adaptive,
+    "fedadam": _adaptive,
+    "fedyogi": _adaptive,
+    "fedprox": lambda config: FedAvg(),  # the rest of it is in the clients' loss
+    "fednano": lambda config: FisherMerging(_set(config.damping), config.fisher == "scaled"),
+    "fednano-ef": lambda config: FisherMerging(_set(config.damping), config.fisher == "scaled"),
+    "median": lambda config: Median(),
+    "trimmed-mean": lambda config: TrimmedMean(_set(config.trim)),
+    "krum": lambda config: Krum(_set(config.byzantine)),
+    "multi-krum": lambda config: Krum(_set(config.byzantine), _set(config.selected)),
+    "product": lambda config: ProductMean(),
+    "ffa": lambda config: FrozenDown(),
+}
+
+
+def initial_adapter(modalities: Iterable[str], rank: int, hidden_size: int, seed: int) -> Tensors:
+    """Per modality A [rank, hidden] uniform in +-1/sqrt(hidden), named `<modality>.down`, and
+    B [hidden, rank] zero, named `<modality>.up`: the adapter changes nothing yet."""
+    tensors: Tensors = {}
+    bound = 1 / np.sqrt(hidden_size)
+    for modality in modalities:
+        rng = np.random.default_rng([seed, *modality.encode()])
+        down = rng.uniform(-bound, bound, (rank, hidden_size))
+        tensors[f"{modality}.down"] = down.astype(np.float32)
+        tensors[f"{modality}.up"] = np.zeros((hidden_size, rank), np.float32)
+    return tensors
