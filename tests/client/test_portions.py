@@ -25,6 +25,7 @@ from fednano.models.frozen import FrozenLLM
 from fednano.models.language_model import Sampling
 from fednano.wire.errors import InvalidRequest
 from fednano.wire.llm_pb2 import Limits
+from fednano.wire.run_config import TrainingConfig
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -167,6 +168,20 @@ def test_a_sample_that_is_too_long_is_named_before_anything_is_sent(
             wire.score(NanoEdge(adapters), batch)
         assert not meter.take().sent_bytes
         assert asked("ForwardBackward") == 0
+
+
+def test_whoever_trains_is_told_which_example_is_too_long(
+    trainer: Trainer, frozen: FrozenLLM, adapters: NanoAdapters, examples: list[Example]
+) -> None:
+    short = replace(examples[0], id="short", images=())
+    long = replace(short, id="scans/17", question="Is it even? " * 40)
+    with limited(frozen, tokens_per_sample=60) as (llm, _):
+        divided = replace(trainer, llm=llm)
+        told = "example 'scans/17': expected 1 to 60 tokens, got"
+        with pytest.raises(InvalidRequest, match=told):
+            divided.evaluate(adapters, [short, long])
+        with pytest.raises(InvalidRequest, match=told):
+            divided.train(adapters, lambda _: [short, long], TrainingConfig())
 
 
 def test_the_bytes_of_one_sample_have_a_limit_too() -> None:

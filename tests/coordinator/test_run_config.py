@@ -127,3 +127,27 @@ def test_a_configuration_is_what_it_was_after_a_journey_as_json(name: str) -> No
 
 def test_what_0_1_0_wrote_for_fedavg_is_still_read() -> None:
     assert strategy(name="fedavg", fisher="scaled", damping=0.1) == strategy(name="fedavg")
+
+
+def test_a_name_that_is_null_is_the_default() -> None:
+    assert strategy(name=None) == strategy(name="fednano-ef")
+
+
+def test_an_unknown_name_is_what_is_refused() -> None:
+    with pytest.raises(ValidationError) as caught:
+        strategy(name="fednanoef", fisher="raw")
+    assert [error["loc"] for error in caught.value.errors()] == [("name",)]
+
+
+def test_what_a_strategy_does_not_have_is_left_out_of_what_is_stored_and_sent() -> None:
+    assert strategy(name="fedavg").model_dump() == {"name": "fedavg"}
+    assert strategy().model_dump() == {"name": "fednano-ef", "fisher": "scaled", "damping": 0.1}
+    fields = RunConfig.model_json_schema(mode="serialization")["$defs"]["StrategyConfig"]
+    assert {"name", "fisher", "trim"} <= fields["properties"].keys()
+
+
+def test_krum_takes_as_many_clients_as_its_matrix_may_be_large() -> None:
+    body = {"name": "big", "clients": 3000, "min_clients": 5, "data": {"source": "own"}}
+    with pytest.raises(ValidationError, match=r"at most 2000 in a round for strategy\.name krum"):
+        RunConfig.model_validate({**body, "strategy": {"name": "krum"}})
+    RunConfig.model_validate({**body, "cohort": 50, "strategy": {"name": "krum"}})

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from fednano.coordinator import keys
+from fednano.coordinator import keys, servicer
 from fednano.coordinator.server import CoordinatorServer
 from fednano.coordinator.store import Store
 from fednano.wire.coordinator_pb2 import NextTaskReply
@@ -18,13 +18,16 @@ from tests.coordinator.federation import FakeClient, config_of
 from tests.coordinator.test_faults import crowd_of, join_all
 from tests.redis_server import RedisServer
 
-PATIENT = 60.0  # client_seconds: nobody looks again by itself within the next wait
-WAIT_MS = 3500
+PATIENT = 180.0  # client_seconds: nobody looks again by itself within the next wait
+WAIT_MS = 20_000
 
 
 @pytest.fixture
-async def patient(redis_server: RedisServer) -> AsyncIterator[Running]:
+async def patient(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Running]:
     """A coordinator whose clients look when they are woken."""
+    monkeypatch.setattr(servicer, "_LOOK_AGAIN_SECONDS", PATIENT)
     server = CoordinatorServer(settings_of(redis_server.url, client_seconds=PATIENT))
     yield Running(server, await server.start())
     await server.stop()

@@ -153,7 +153,7 @@ def test_compiled_layers_are_the_same_function_for_every_length(directory, monke
 
 def test_what_can_not_be_compiled_is_refused(directory, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(InvalidRequest, match=r"compile: expected a C\+\+ compiler.* got none"):
+    with pytest.raises(InvalidRequest, match=r"compile: expected the C\+\+ compiler.* got none"):
         FrozenLLM.load(directory, "cpu", compute=Compute(compile=True))
 
 

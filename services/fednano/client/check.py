@@ -19,7 +19,7 @@ from fednano.client.remote import Caller, RemoteLanguageModel
 from fednano.client.replicas import Replicas
 from fednano.client.settings import ClientSettings
 from fednano.models.checkpoint import read_record
-from fednano.models.compute import unquantised
+from fednano.models.compute import quantisation, unquantised
 from fednano.wire.errors import FedNanoError, InvalidRequest, WrongModel
 from fednano.wire.tensor_pb2 import FP32
 
@@ -133,6 +133,8 @@ class Check:
         if unquantised(llm.fingerprint) != record.fingerprint:
             raise WrongModel(f"fingerprint: expected {record.fingerprint}, got {llm.fingerprint}")
         detail = f"{self.settings.llm} serves {llm.card.name} with the same fingerprint"
+        if (weights := quantisation(llm.fingerprint)) != "auto":
+            detail += f", its weights quantised to {weights}"
         return Found(detail, EdgeHalf(self.settings.edge, llm))
 
     def _measure(self, edge: Found, examples: Found, rank: int) -> str:

@@ -14,8 +14,14 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from fednano.models.language_model import Sequences
-from fednano.wire.errors import InvalidRequest
+from fednano.wire.errors import InvalidRequest, Problem
 from fednano.wire.llm_pb2 import Limits
+
+
+class TooLong(InvalidRequest):
+    """A sample that fits into no request."""
+
+    place = 0  # in its batch
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ def cut(
     """The samples in their order; a batch that fits stays whole.
 
     `lengths` are the samples' tokens, `sizes` their bytes, `beside` the bytes of every request that
-    belong to no sample. Raises InvalidRequest for a sample that fits into no request.
+    belong to no sample. Raises TooLong for a sample that fits into no request.
     """
     borders, longest, held = [0], 0, beside
     for place, (length, size) in enumerate(zip(lengths, sizes, strict=True)):
@@ -69,12 +75,18 @@ def cut(
 
 
 def _check_alone(place: int, length: int, size: int, limits: Limits) -> None:
-    field = f"embeddings.samples[{place}]"
     most = min(limits.tokens_per_sample, limits.tokens_per_request)
     if length > most:
-        raise InvalidRequest.of(field, f"1 to {most} tokens", length)
+        raise _too_long(place, f"1 to {most} tokens", length)
     if size > limits.message_bytes:
-        raise InvalidRequest.of(field, f"at most {limits.message_bytes} bytes", size)
+        raise _too_long(place, f"at most {limits.message_bytes} bytes", size)
+
+
+def _too_long(place: int, expected: str, got: int) -> TooLong:
+    problem = Problem(f"embeddings.samples[{place}]", expected, str(got))
+    error = TooLong(str(problem), problem)
+    error.place = place
+    return error
 
 
 def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -87,7 +87,7 @@ class Replicas:
         ipv4 = [info for info in found if info[0] is socket.AF_INET] or found
         addresses = {_join(str(info[4][0]), self._port) for info in ipv4}
         for gone in self._replicas.keys() - addresses:
-            self._replicas.pop(gone).channel.close()
+            del self._replicas[gone]  # not closed: another thread may be at a call
         for address in sorted(addresses - self._replicas.keys()):
             channel = make_channel(address, self._tls)
             self._replicas[address] = Replica(address, channel, LanguageModelStub(channel))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,8 +17,10 @@ from fednano.client.edge import EdgeHalf, NanoEdge
 from fednano.client.examples import Example
 from fednano.client.factored import FactoredLanguageModel
 from fednano.client.fisher import FisherEstimate
+from fednano.client.portions import TooLong
 from fednano.client.wires import Crossed, DenseWire, FactoredWire, Wire
 from fednano.models.language_model import LanguageModel, Modality, Sampling, ScoreResult
+from fednano.wire.errors import InvalidRequest
 from fednano.wire.run_config import TrainingConfig
 
 FisherMode = Literal["none", "last-epoch", "extra-pass"]
@@ -82,8 +85,8 @@ class Learning:
         self.optimizer.zero_grad()
         crossed.backward()
         for parameter, origin in zip(self.trained, self.origin, strict=False):
-            pull = self.mu * (parameter.detach() - origin)
-            parameter.grad = pull if parameter.grad is None else parameter.grad + pull
+            if parameter.grad is not None:  # else it never left its origin
+                parameter.grad += self.mu * (parameter.detach() - origin)
         if self.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.trained, self.max_grad_norm)
         self.optimizer.step()
@@ -123,7 +126,8 @@ class Trainer:
             for ready in batches:
                 progress(ready.share)
                 last = ready.number == passes - 1 and fisher != "none"
-                crossed = _step(nano, ready.batch, wire, estimate if last else None)
+                with _named(ready.examples):
+                    crossed = _step(nano, ready.batch, wire, estimate if last else None)
                 if ready.number < settings.epochs:
                     learning.step(crossed)
                 if ready.number == settings.epochs - 1:
@@ -175,7 +179,8 @@ class Trainer:
         with one_ahead(self._ready(examples, batch_size)) as batches:
             for ready in batches:
                 progress(ready.share)
-                score = self._wire().score(nano, ready.batch)
+                with _named(ready.examples):
+                    score = self._wire().score(nano, ready.batch)
                 losses += (score.loss_sums / score.token_counts).tolist()
                 hits += self._hits(adapters, ready.examples, score, max_new_tokens)
         kinds = sorted({kind for kind, _ in hits if kind})
@@ -228,6 +233,17 @@ def _step(nano: NanoEdge, batch: Batch, wire: Wire, estimate: FisherEstimate | N
     """Across the cut and back; the batch's loss is a mean of its samples' means."""
     weights = 1 / (batch.label_counts * len(batch))
     return wire.step(nano, batch, weights, estimate)
+
+
+@contextmanager
+def _named(examples: Sequence[Example]) -> Iterator[None]:
+    """Whoever must mend the data is told which of these examples it is."""
+    try:
+        yield
+    except TooLong as error:
+        field = f"example {examples[error.place].id!r}"
+        (problem,) = error.problems
+        raise InvalidRequest.of(field, problem.expected, problem.got) from error
 
 
 def _mean(values: Sequence[float]) -> float:

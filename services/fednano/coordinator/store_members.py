@@ -165,8 +165,7 @@ class MemberStore:
         commit.do("SADD", keys.clients(before.name), member.id)
         commit.set_fields(keys.client(before.name, member.id), CLIENT.dump(member))
         commit.tell(before.name, "client", CLIENT.public(member))
-        if after is before:  # no newcomer: its last process must notice
-            commit.ring(before.name, keys.session(member.id))
+        commit.ring(before.name, keys.session(member.id))  # its last process must notice
         await self._db.commit(commit)
         return member
 

@@ -183,8 +183,6 @@ class RoundStore:
         self._write(commit, run, round_, replace(seen, bytes=amounts))
         expire_updates(commit, run.name, round_, seen.clients.submitted)
         await self._adapters.retain(commit, changed, round_.number)
-        if changed.state.ended:
-            commit.do("DEL", keys.moments(run.name))
         self._runs.change(commit, run, changed)
         await self._db.commit(commit)
 

@@ -70,7 +70,7 @@ class RunStore:
         found = await self._db.call(*command)
         pairs = _scored(found)
         hashes = await self._db.hashes([keys.run(name) for name, _ in pairs])
-        runs = [RUN.load(fields).public() for fields in hashes if fields]
+        runs = [run.public() for fields in hashes if fields and (run := _readable(fields))]
         return runs, str(pairs[-1][1]) if len(pairs) == limit else ""
 
     async def active(self) -> list[StoredRun]:
@@ -159,6 +159,7 @@ class RunStore:
         commit.tell(before.name, "run", RUN.public(written), "run" if moved else keys.SEATS)
         if written.state.ended:
             commit.do("SREM", keys.ACTIVE, before.name)
+            commit.do("DEL", keys.moments(before.name))
             commit.do("PUBLISH", keys.ACTIVE_BELL, "ended")
         return written
 

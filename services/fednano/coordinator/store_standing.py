@@ -87,7 +87,7 @@ class StandingStore:
         database.bells.tell(self._heard)
 
     def _heard(self, run: str, kind: str) -> None:
-        if not run:
+        if not run and not kind:
             for kept in self._kept.values():
                 kept.ring()
         elif kind in ("run", "round", keys.SEATS) and run in self._kept:

@@ -7,6 +7,7 @@ narrow, torch computes layers again.
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from shutil import which
@@ -19,7 +20,6 @@ from fednano.models.parallel import Spread
 from fednano.wire.errors import InvalidRequest
 
 _LIBRARIES = {"int8": "torchao", "nf4": "bitsandbytes"}
-_COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,9 @@ class Compute:
         if self.attention == "flash_attention_2" and find_spec("flash_attn") is None:
             expected = "flash-attn beside flash_attention_2: pip install flash-attn"
             raise InvalidRequest.of("attention", expected, "no flash-attn")
-        if self.compile and not any(map(which, _COMPILERS)):
-            raise InvalidRequest.of("compile", "a C++ compiler: g++, clang++ or $CXX", "none")
+        if self.compile and which(_compiler()) is None:
+            expected = f"the C++ compiler {_compiler()}, or another's name in CXX"
+            raise InvalidRequest.of("compile", expected, "none")
 
     def options(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         """What `from_pretrained` is told. Raises InvalidRequest where `device` can't do it."""
@@ -78,6 +79,11 @@ class Compute:
 
 
 AS_MADE = Compute()
+
+
+def _compiler() -> str:
+    """That torch looks for."""
+    return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 
 
 def _check_spread(compute: Compute, spread: Spread) -> None:

@@ -47,8 +47,8 @@ _UNBOUNDED = 1 << 20
 class FrozenLLM:
     """A causal LM without a single trainable weight: embeddings in; losses, gradients, tokens out.
 
-    One thread at a time may use it. Results lie on the device of the values that were sent;
-    gradients have the model's dtype. On a CPU the same request gives the same bytes.
+    One thread at a time may use it, but for `embed`. Results lie on the device of the values that
+    were sent; gradients have the model's dtype. On a CPU the same request gives the same bytes.
     """
 
     def __init__(
@@ -96,6 +96,7 @@ class FrozenLLM:
         engine = cls(placed, quantised(found, compute.weights), name, activations)
         engine.recompute(compute.recomputes(spread))
         if compute.compile:
+            engine.check_layers("compile")
             compile_layers(model)
         return engine
 
@@ -105,11 +106,15 @@ class FrozenLLM:
 
         Raises InvalidRequest where the family's layers can't be.
         """
-        if when == "on" and not layers(self._model):
-            raise InvalidRequest.of(
-                "gradient_checkpointing", "a family whose layers transformers marks", self.name
-            )
+        if when == "on":
+            self.check_layers("gradient_checkpointing")
         self._recompute = when
+
+    def check_layers(self, field: str) -> None:
+        """Raises InvalidRequest where transformers does not mark the family's layers, so that
+        nothing can be done with each."""
+        if not layers(self._model):
+            raise InvalidRequest.of(field, "a family whose layers transformers marks", self.name)
 
     @property
     def fingerprint(self) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     StringConstraints,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -21,6 +23,7 @@ Modality = Literal["image", "text"]
 _MONTH = 30 * 24 * 3600
 _PARTITION = re.compile(r"iid|dirichlet:([0-9]*\.?[0-9]+)")
 _MOST_ALPHA = 1_000_000
+_KRUM_CLIENTS = 2000  # its matrix has the square of that in numbers
 _SHOWN = 40  # characters of a bad value
 _DIGITS_IMAGES, _DIGITS_SHARE = 1077, 8
 DIGITS_CLIENTS = _DIGITS_IMAGES // _DIGITS_SHARE
@@ -101,7 +104,7 @@ _SETTINGS: dict[str, dict[str, str | float]] = {
 
 
 class StrategyConfig(_Section):
-    """How updates are merged. A setting that the strategy doesn't have is null."""
+    """How updates are merged. A setting that the strategy doesn't have is left out."""
 
     name: StrategyName = "fednano-ef"
     fisher: Literal["scaled", "raw"] | None = Field(
@@ -138,7 +141,7 @@ class StrategyConfig(_Section):
         " 0.001",
     )
     trim: float | None = Field(
-        None, gt=0, lt=0.5, description="trimmed-mean: share left out at either end; 0.2"
+        None, ge=0.001, le=0.49, description="trimmed-mean: share left out at either end; 0.2"
     )
     byzantine: int | None = Field(
         None, ge=1, le=10_000, description="krum, multi-krum: bad updates that it withstands; 1"
@@ -153,9 +156,11 @@ class StrategyConfig(_Section):
         """Fills in the strategy's defaults and refuses the settings of others."""
         if not isinstance(given, dict):
             return given
-        name = given.get("name", "fednano-ef")
-        own = _SETTINGS.get(name, {}) if isinstance(name, str) else {}
+        name = given.get("name") or "fednano-ef"
         values = {field: value for field, value in given.items() if value is not None}
+        if name not in get_args(StrategyName):
+            return values  # refused by its name
+        own = _SETTINGS.get(name, {})
         if name == "fedavg":  # with which 0.1.0 wrote these down
             values = {f: v for f, v in values.items() if (f, v) not in _FISHER.items()}
         for field in sorted(values.keys() & _owners().keys() - own.keys()):
@@ -165,6 +170,11 @@ class StrategyConfig(_Section):
                 f" alone, got {str(values[field])[:_SHOWN]}"
             )
         return own | values
+
+    @model_serializer(mode="wrap")
+    def _own(self, write: SerializerFunctionWrapHandler):  # type: ignore[no-untyped-def]
+        """Without what the strategy doesn't have. No return type: the schema stays the fields'."""
+        return {name: value for name, value in write(self).items() if value is not None}
 
     @property
     def least_updates(self) -> int:
@@ -280,6 +290,12 @@ class RunConfig(_Section):
             raise ValueError(
                 f"min_clients: expected at least {self.strategy.least_updates} updates for"
                 f" strategy.name {self.strategy.name} as it is set, got {self.min_clients}"
+            )
+        at_once = self.cohort or self.clients
+        if self.strategy.byzantine is not None and at_once > _KRUM_CLIENTS:
+            raise ValueError(
+                f"clients: expected at most {_KRUM_CLIENTS} in a round for strategy.name"
+                f" {self.strategy.name}, which compares each update with each, got {at_once}"
             )
         if self.data.source == "digits" and self.clients > DIGITS_CLIENTS:
             raise ValueError(

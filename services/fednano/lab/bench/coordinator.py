@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from fednano.lab.bench.played import HIDDEN, Played, allow_files, play
+from fednano.lab.bench.played import HIDDEN, TRAINING_SECONDS, Played, allow_files, play
 from fednano.lab.bench.rows import BenchFailed, Reach, Row, Surroundings
 from fednano.lab.federation import Federation
 from fednano.wire.run_config import RunConfig
@@ -36,6 +36,7 @@ def measure(around: Surroundings) -> Iterator[Row]:
         "connections": clients,
         "rounds": _ROUNDS,
         "wait ms": _WAIT_MS,
+        "training s": f"0 to {TRAINING_SECONDS:.0f}",
         "adapter": f"rank {_RANK}, hidden {HIDDEN}, fp32, with Fisher",
         "appendfsync": "always",
     }

@@ -1,4 +1,5 @@
-"""Simulated clients: they join, poll, fetch and submit over gRPC as real ones do, but don't train."""
+"""Simulated clients: they join, poll, fetch and submit over gRPC as real ones do, but only sleep where
+those train."""
 
 from __future__ import annotations
 
@@ -43,6 +44,7 @@ else:
 
 T = TypeVar("T")
 HIDDEN = 128
+TRAINING_SECONDS = 10.0  # at most
 _JOINING = 50  # at a time
 _CALL_SECONDS = 120.0
 _FILES_SPARE = 200
@@ -183,6 +185,10 @@ class _Client:
         base = await self._tried(lambda: self._fetch(stub, task))
         fetched = time.perf_counter()
         self.played.fetch_seconds.append(fetched - start)
+        # Clients don't end together; meanwhile those that have wait for the next round.
+        chance = random.Random(f"{self.id}/{task.round}")
+        await asyncio.sleep(chance.uniform(0, TRAINING_SECONDS))
+        fetched = time.perf_counter()
         reply = await self._tried(lambda: stub.Submit(self._update(task, base), **self._options))
         self.played.submit_seconds.append(time.perf_counter() - fetched)
         if reply.result in (SubmitReply.ACCEPTED, SubmitReply.DUPLICATE):
