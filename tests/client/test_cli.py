@@ -1,11 +1,16 @@
-"""What `fednano client` prints."""
+"""What `fednano client` prints, and with what it ends."""
 
 from __future__ import annotations
 
+import json
 import logging
 
 import pytest
 from fednano.client.cli import Meanwhile
+from fednano.client.daemon import config_of
+from fednano.wire import coordinator_pb2 as pb
+from fednano.wire.errors import Unsupported
+from fednano.wire.run_config import RunConfig
 
 
 def test_a_service_that_is_asked_again_is_one_line_like_a_finding(
@@ -19,3 +24,9 @@ def test_a_service_that_is_asked_again_is_one_line_like_a_finding(
     out, err = capsys.readouterr()
     assert not out
     assert err == f"... the LLM service is asked again: {('not [bold]yet ' * 20).strip()}\n"
+
+
+def test_a_setting_of_a_newer_coordinator_ends_the_client_with_its_name() -> None:
+    told = RunConfig(name="trial").model_dump() | {"colour": "red"}
+    with pytest.raises(Unsupported, match=r"run 'trial' asks for what .* doesn't know: colour"):
+        config_of(pb.Membership(run="trial", config_json=json.dumps(told)))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, NoReturn
 
+from pydantic import ValidationError
 from structlog.contextvars import bound_contextvars
 
 from fednano import __version__, logs, tracing
@@ -27,8 +28,9 @@ from fednano.client.settings import ClientSettings
 from fednano.client.trainer import Trainer
 from fednano.client.worker import Worker
 from fednano.models.checkpoint import read_record
+from fednano.settings import invalid
 from fednano.wire import coordinator_pb2 as pb
-from fednano.wire.errors import SessionEnded
+from fednano.wire.errors import SessionEnded, Unsupported
 from fednano.wire.run_config import RunConfig
 from fednano.wire.tensor_pb2 import BF16, FP16, FP32, INT8, Header
 
@@ -136,7 +138,7 @@ class Client:
             time.sleep(reply.wait.retry_after_ms / 1000)
 
     def _member(self, reply: pb.Membership) -> Membership:
-        config = RunConfig.model_validate_json(reply.config_json)
+        config = config_of(reply)
         log.info("joined", extra={"run": reply.run})
         return Membership(
             reply.run, reply.session, config, reply.llm_token.token, reply.shard, reply.of
@@ -199,6 +201,15 @@ class Client:
             record = read_record(self.settings.edge, "edge")
             self._cache = FeatureCache(record.fingerprint, self.settings.cache_dir)
         return EdgeHalf(self.settings.edge, llm, self._cache)
+
+
+def config_of(member: pb.Membership) -> RunConfig:
+    """What the run asks for. Raises Unsupported for settings that a newer coordinator may know."""
+    try:
+        return RunConfig.model_validate_json(member.config_json)
+    except ValidationError as error:
+        told = f"run {member.run!r} asks for what a client of version {__version__} doesn't know"
+        raise Unsupported(f"{told}: {invalid(error)}") from None
 
 
 def _factored(llm: RemoteLanguageModel, config: RunConfig) -> FactoredLanguageModel | None:
