@@ -37,7 +37,7 @@ from fednano.wire.tensor_pb2 import BF16, FP16, FP32, INT8, Header
 log = logging.getLogger(__name__)
 
 WIRE_DTYPES = {"fp32": FP32, "fp16": FP16, "bf16": BF16, "int8": INT8}
-_POLL_MS = 20_000
+POLL_MS = 20_000
 _FENCED_TWICE_SECONDS = 60.0
 
 
@@ -166,7 +166,7 @@ class Client:
         with heartbeat:
             while True:
                 heartbeat.check()
-                reply = self.coordinator.next_task(member, _POLL_MS)
+                reply = self.coordinator.next_task(member, POLL_MS)
                 match reply.WhichOneof("task"):
                     case "finished":
                         state = reply.finished.run_state

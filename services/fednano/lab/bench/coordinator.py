@@ -9,7 +9,8 @@ from typing import Any
 import httpx
 import numpy as np
 
-from fednano.lab.bench.played import HIDDEN, TRAINING_SECONDS, Played, allow_files, play
+from fednano.client.daemon import POLL_MS
+from fednano.lab.bench.played import HIDDEN, Habits, Played, allow_files, play
 from fednano.lab.bench.rows import BenchFailed, Reach, Row, Surroundings
 from fednano.lab.federation import Federation
 from fednano.wire.run_config import RunConfig
@@ -18,7 +19,7 @@ from fednano.wire.sessions import write_keys
 _RUN = "bench"
 _RANK = 4
 _ROUNDS = 3
-_WAIT_MS = 2000
+_QUICK_WAIT_MS = 2000
 
 
 def measure(around: Surroundings) -> Iterator[Row]:
@@ -29,14 +30,17 @@ def measure(around: Surroundings) -> Iterator[Row]:
     federation.create_run(_config(clients))
     token = federation.make_token("site", "bench")
     around.say(f"{clients} clients, {_ROUNDS} rounds")
-    played = asyncio.run(play(federation.addresses.grpc, token, _RUN, clients, _WAIT_MS))
+    wait_ms = _QUICK_WAIT_MS if around.quick else POLL_MS
+    training = 10.0 if around.quick else 30.0  # some wait for the next round until their call ends
+    habits = Habits(federation.addresses.grpc, token, _RUN, wait_ms, training)
+    played = asyncio.run(play(habits, clients))
     around.processes.check()
     setting: dict[str, str | int | float] = {
         "clients": clients,
         "connections": clients,
         "rounds": _ROUNDS,
-        "wait ms": _WAIT_MS,
-        "training s": f"0 to {TRAINING_SECONDS:.0f}",
+        "wait ms": wait_ms,
+        "training s": f"0 to {training:.0f}",
         "adapter": f"rank {_RANK}, hidden {HIDDEN}, fp32, with Fisher",
         "appendfsync": "always",
     }

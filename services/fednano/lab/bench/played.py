@@ -44,7 +44,6 @@ else:
 
 T = TypeVar("T")
 HIDDEN = 128
-TRAINING_SECONDS = 10.0  # at most
 _JOINING = 50  # at a time
 _CALL_SECONDS = 120.0
 _FILES_SPARE = 200
@@ -71,7 +70,18 @@ class Played:
     cpu_seconds: float = 0.0  # of this process
 
 
-async def play(target: str, token: str, run: str, clients: int, wait_ms: int) -> Played:
+@dataclass(frozen=True)
+class Habits:
+    """What all clients have in common."""
+
+    target: str
+    token: str
+    run: str
+    wait_ms: int  # of NextTask
+    training_seconds: float  # at most
+
+
+async def play(habits: Habits, clients: int) -> Played:
     """Until the run has finished."""
     played, joining = Played(), asyncio.Semaphore(_JOINING)
     start, used = time.perf_counter(), time.process_time()
@@ -79,7 +89,7 @@ async def play(target: str, token: str, run: str, clients: int, wait_ms: int) ->
     try:
         async with asyncio.TaskGroup() as tasks:
             for number in range(clients):
-                client = _Client(target, token, run, f"c{number:05d}", wait_ms, played)
+                client = _Client(habits, f"c{number:05d}", played)
                 tasks.create_task(client.live(joining))
     except* grpc.aio.AioRpcError as errors:
         raise BenchFailed(f"a simulated client got {errors.exceptions[0]}") from None
@@ -108,17 +118,14 @@ def allow_files(clients: int) -> None:
 
 @dataclass
 class _Client:
-    target: str
-    token: str
-    run: str
+    habits: Habits
     id: str
-    wait_ms: int
     played: Played
     session: str = ""
 
     async def live(self, joining: asyncio.Semaphore) -> None:
         options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
-        async with grpc.aio.insecure_channel(self.target, options) as channel:
+        async with grpc.aio.insecure_channel(self.habits.target, options) as channel:
             stub = cast(AsyncStub, CoordinatorStub(channel))
             async with joining:
                 await self._join(stub)
@@ -130,7 +137,7 @@ class _Client:
     def _header(self, task: TrainTask | None = None) -> Header:
         return make_header(
             self.id,
-            run=self.run,
+            run=self.habits.run,
             session=self.session,
             round_number=task.round if task else 0,
             attempt=task.attempt if task else 0,
@@ -138,7 +145,7 @@ class _Client:
 
     @property
     def _options(self) -> dict[str, Any]:
-        return {"metadata": bearer(self.token), "timeout": _CALL_SECONDS}
+        return {"metadata": bearer(self.habits.token), "timeout": _CALL_SECONDS}
 
     async def _join(self, stub: AsyncStub) -> None:
         request = JoinRequest(
@@ -172,12 +179,12 @@ class _Client:
         return await self._tried(lambda: self._next_once(stub))
 
     async def _next_once(self, stub: AsyncStub) -> NextTaskReply:
-        request = NextTaskRequest(header=self._header(), wait_ms=self.wait_ms)
+        request = NextTaskRequest(header=self._header(), wait_ms=self.habits.wait_ms)
         start = time.perf_counter()
         self.played.calls += 1
         reply: NextTaskReply = await stub.NextTask(request, **self._options)
         if reply.HasField("wait"):
-            self.played.beyond_wait.append(time.perf_counter() - start - self.wait_ms / 1000)
+            self.played.beyond_wait.append(time.perf_counter() - start - self.habits.wait_ms / 1000)
         return reply
 
     async def _train(self, stub: AsyncStub, task: TrainTask) -> None:
@@ -187,7 +194,7 @@ class _Client:
         self.played.fetch_seconds.append(fetched - start)
         # Clients don't end together; meanwhile those that have wait for the next round.
         chance = random.Random(f"{self.id}/{task.round}")
-        await asyncio.sleep(chance.uniform(0, TRAINING_SECONDS))
+        await asyncio.sleep(chance.uniform(0, self.habits.training_seconds))
         fetched = time.perf_counter()
         reply = await self._tried(lambda: stub.Submit(self._update(task, base), **self._options))
         self.played.submit_seconds.append(time.perf_counter() - fetched)
@@ -195,7 +202,9 @@ class _Client:
             self.played.acknowledged.append((task.round, self.id))
 
     async def _fetch(self, stub: AsyncStub, task: TrainTask) -> Tensors:
-        request = GetAdapterRequest(header=self._header(task), run=self.run, digest=task.adapter)
+        request = GetAdapterRequest(
+            header=self._header(task), run=self.habits.run, digest=task.adapter
+        )
         replies = stub.GetAdapter(request, **self._options)
         head = await anext(aiter(replies))
         payload = Payload(head.head.tensors, 1 << 30)
