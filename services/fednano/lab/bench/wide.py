@@ -38,23 +38,21 @@ class Weights:
 
 def whole_llava() -> Weights:
     """All of LLaVA-1.5-7B's, counted on the meta device."""
-    text = LlamaConfig(
-        vocab_size=32_064,
-        hidden_size=HIDDEN,
-        intermediate_size=11_008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        tie_word_embeddings=False,
-    )
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(_config(clip_large(), text))
+        model = LlavaForConditionalGeneration(_published())
     return Weights(sum(parameter.numel() for parameter in model.parameters()))
 
 
 def embedding_table() -> Weights:
     """Of LLaVA-1.5-7B; a client has it only if it was split so."""
-    return Weights(32_064 * HIDDEN)
+    return Weights(_published().text_config.vocab_size * HIDDEN)
+
+
+def _published() -> Any:
+    """The configuration that `fednano account` ships."""
+    from fednano.models.account import built_in  # PEFT comes with it: not into a measured client
+
+    return LlavaConfig.from_pretrained(built_in()["llava-1.5-7b"])
 
 
 def clip_large() -> CLIPVisionConfig:
