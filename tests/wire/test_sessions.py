@@ -37,6 +37,17 @@ def test_an_expired_token_is_said_so() -> None:
         SessionVerifier(PUBLIC).verify(token)
 
 
+def test_a_token_that_was_good_expires_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    token, expires = SessionSigner(PRIVATE, ttl_seconds=60).issue(SITE)
+    verifier = SessionVerifier(PUBLIC)
+    assert verifier.verify(token) == SITE
+    monkeypatch.setattr("fednano.wire.sessions.time.time", lambda: expires / 1000 - 0.01)
+    assert verifier.verify(token) == SITE
+    monkeypatch.setattr("fednano.wire.sessions.time.time", lambda: expires / 1000)
+    with pytest.raises(Unauthenticated, match="expired"):
+        verifier.verify(token)
+
+
 def test_keys_that_are_there_are_kept(tmp_path: Path) -> None:
     private, public = write_keys(tmp_path)
     first = private.read_bytes()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import jwt
@@ -19,6 +20,8 @@ from fednano.wire.errors import InvalidRequest, Unauthenticated
 
 _ALGORITHM = "EdDSA"
 _AUDIENCE = "fednano-llm"
+_EXPIRED = "the session token has expired"
+_REMEMBERED = 4096  # tokens: so many callers at a time, and then some
 _PEM = re.compile(rb"-----BEGIN PUBLIC KEY-----.+?-----END PUBLIC KEY-----", re.DOTALL)
 
 
@@ -68,9 +71,20 @@ class SessionVerifier:
         if not self._keys or len(self._keys) < len(found):
             wanted = "Ed25519 public keys in PEM form"
             raise InvalidRequest.of("session_public_key", wanted, f"{len(public_pem)} other bytes")
+        self._signed = lru_cache(_REMEMBERED)(self._checked)  # what raises is not kept
 
     def verify(self, token: str) -> Identity:
-        """Raises Unauthenticated, saying no more than whether the token has expired."""
+        """Raises Unauthenticated, saying no more than whether the token has expired.
+
+        A signature is checked once: that takes as long as the rest of a small call.
+        """
+        identity, expires = self._signed(token)
+        if time.time() >= expires:
+            raise Unauthenticated(_EXPIRED)
+        return identity
+
+    def _checked(self, token: str) -> tuple[Identity, float]:
+        """Who a token is for, and until when. Raises Unauthenticated."""
         for key in self._keys:
             try:
                 claims = jwt.decode(
@@ -81,12 +95,13 @@ class SessionVerifier:
                     options={"require": ["exp", "sub", "role", "run"]},
                 )
             except jwt.ExpiredSignatureError:
-                raise Unauthenticated("the session token has expired") from None
+                raise Unauthenticated(_EXPIRED) from None
             except jwt.InvalidSignatureError:
                 continue
             except jwt.InvalidTokenError:
                 raise Unauthenticated from None
-            return Identity(name=claims["sub"], role=claims["role"], run=claims["run"])
+            identity = Identity(name=claims["sub"], role=claims["role"], run=claims["run"])
+            return identity, float(claims["exp"])
         raise Unauthenticated
 
 
