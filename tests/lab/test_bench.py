@@ -61,8 +61,10 @@ def figures(name: str, tmp_path: Path) -> tuple[list[dict[str, Any]], str]:
 
 @pytest.mark.slow
 def test_the_split_step_is_measured_beside_the_whole_one(tmp_path: Path) -> None:
-    (row,), told = figures("step", tmp_path)
+    (row, *large), told = figures("step", tmp_path)
     assert row["reach"] == "at most 1.15"
+    assert [each["met"] for each in large] == [None, None]  # a GPU's, which --quick leaves out
+    assert {each["parts"]["would be measured by"] for each in large} == {"fednano bench step"}
     parts = row["parts"]
     assert row["figure"] == pytest.approx(parts["split ms a step"] / parts["whole ms a step"])
     assert row["setting"] | {"batch": 16, "dtype": "fp32", "rank": 16} == row["setting"]
@@ -71,8 +73,11 @@ def test_the_split_step_is_measured_beside_the_whole_one(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_clients_are_measured_against_one_alone_and_one_large_batch(tmp_path: Path) -> None:
-    rows, _ = figures("clients", tmp_path)
+    found, _ = figures("clients", tmp_path)
+    rows, large = found[:3], found[3:]
     assert [row["setting"]["clients"] for row in rows] == [1, 2, 4]
+    assert [row["setting"]["clients"] for row in large] == [1, 2, 4, 8, 16]
+    assert not any("samples/s" in row["parts"] for row in large)  # a GPU's, left out by --quick
     assert [row["met"] is None for row in rows] == [True, False, False]
     single = rows[0]["parts"]["samples/s"]
     for row in rows:

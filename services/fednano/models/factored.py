@@ -8,7 +8,7 @@ dL/dU = g W^T and dL/dW = sum U^T g, so g = dL/d(x + U W) [tokens, hidden] need 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,17 +66,18 @@ class Factored:
         g = dense.to(self.left.device, torch.float32)
         left, right, fisher = torch.zeros_like(self.left), {}, {}
         for modality, w in self.right.items():
-            by_sample = [rows.to(g.device) for rows in _rows(self.segments, modality)]
-            rows = torch.cat(by_sample)
+            by_sample = _rows(self.segments, modality)
+            rows = torch.cat(by_sample).to(g.device)  # at once: a GPU is waited for at each copy
             left[rows] = g[rows] @ w.T
             if want_fisher:
-                right[modality], fisher[modality] = self._summed(g, by_sample, w)
+                own = rows.split([len(rows) for rows in by_sample])
+                right[modality], fisher[modality] = self._summed(g, own, w)
             else:
                 right[modality] = self.left[rows].T @ g[rows]
         return FactoredGradient(left, right, fisher)
 
     def _summed(
-        self, g: torch.Tensor, by_sample: list[torch.Tensor], w: torch.Tensor
+        self, g: torch.Tensor, by_sample: Sequence[torch.Tensor], w: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """sum_i U_i^T g_i and the sum of its squares: one sample's at a time is held."""
         total, squares = torch.zeros_like(w), torch.zeros_like(w)

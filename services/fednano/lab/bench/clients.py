@@ -1,12 +1,12 @@
-"""Many clients on one LLM: what they get done together, against one large batch in one process."""
+"""Many clients on one LLM: what they get done together, against one large batch in one process. Here
+the tiny model on a CPU; on a GPU a large one (`large_clients`)."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
@@ -14,7 +14,9 @@ import torch
 from fednano.client.batches import Batch
 from fednano.client.edge import EdgeHalf
 from fednano.client.remote import RemoteLanguageModel
+from fednano.lab.bench import large_clients
 from fednano.lab.bench.checkpoints import Model, tiny
+from fednano.lab.bench.rates import rate
 from fednano.lab.bench.rows import Reach, Row, Surroundings
 from fednano.lab.bench.served import Service, make_examples, serve, whole
 from fednano.models.frozen import FrozenLLM
@@ -40,7 +42,7 @@ class Work:
 
 def measure(around: Surroundings) -> Iterator[Row]:
     """On a CPU the reach is relative to one client alone; on a GPU, to the large batch."""
-    model, engine = tiny(around.directory), None
+    model = tiny(around.directory)
     engine = whole(model)
     edge = EdgeHalf(model.halves / "edge", engine)
     counts = _CLIENTS[:3] if around.quick else _CLIENTS
@@ -56,6 +58,7 @@ def measure(around: Surroundings) -> Iterator[Row]:
                     (_together(service, small, count, seconds), _alone(engine, large, seconds / 2))
                 )
     yield from _rows(model, {count: _medians(found) for count, found in rates.items()})
+    yield from large_clients.measure(around)
 
 
 def _rows(model: Model, rates: dict[int, tuple[float, float]]) -> Iterator[Row]:
@@ -84,29 +87,14 @@ def _rows(model: Model, rates: dict[int, tuple[float, float]]) -> Iterator[Row]:
 
 
 def _together(service: Service, work: Work, count: int, seconds: float) -> float:
-    """Samples a second of so many clients, each with one step in flight."""
-    with ExitStack() as stack, ThreadPoolExecutor(count) as threads:
+    """Samples a second of so many clients."""
+    with ExitStack() as stack:
         callers = [stack.enter_context(service.caller(f"c{n}")) for n in range(count)]
-        for caller in callers:
-            work.step(caller)
-        start = time.perf_counter()
-        done = sum(threads.map(lambda caller: _until(caller, work, start + seconds), callers))
-        return done * len(work.batch) / (time.perf_counter() - start)
+        return rate([partial(work.step, caller) for caller in callers], len(work.batch), seconds)
 
 
 def _alone(engine: FrozenLLM, work: Work, seconds: float) -> float:
-    work.step(engine)
-    start = time.perf_counter()
-    done = _until(engine, work, start + seconds)
-    return done * len(work.batch) / (time.perf_counter() - start)
-
-
-def _until(llm: RemoteLanguageModel | FrozenLLM, work: Work, deadline: float) -> int:
-    steps = 0
-    while time.perf_counter() < deadline:
-        work.step(llm)
-        steps += 1
-    return steps
+    return rate([partial(work.step, engine)], len(work.batch), seconds)
 
 
 def _medians(found: list[tuple[float, float]]) -> tuple[float, float]:

@@ -141,8 +141,8 @@ class Compared:
             {
                 "ours s": ours.seconds,
                 "LoRA s": lora.seconds,
-                "ours, busiest client s": ours.busiest,
-                "LoRA, busiest client s": lora.busiest,
+                "ours, busiest client CPU s": ours.busiest,
+                "LoRA, busiest client wall s": lora.busiest,
                 "ours, start-up s": ours.start_up,
                 "LoRA, start-up s": lora.start_up,
             },

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -36,16 +37,30 @@ class Row:
 
     bench: str
     case: str
-    figure: float
+    figure: float  # NaN where it was not measured: then `parts` says why
     unit: str  # "x" for a ratio
     setting: Mapping[str, str | int | float]
     parts: Mapping[str, str | int | float] = field(default_factory=dict)
     reach: Reach | None = None
 
     @property
+    def measured(self) -> bool:
+        return not math.isnan(self.figure)
+
+    @property
     def met(self) -> bool | None:
-        """None where there is no reach."""
-        return self.reach.holds(self.figure) if self.reach else None
+        """None where there is no reach, or no figure."""
+        return self.reach.holds(self.figure) if self.reach and self.measured else None
+
+    @property
+    def shown(self) -> str:
+        """The figure as people read it."""
+        return f"{self.figure:.3f} {self.unit}" if self.measured else "not measured"
+
+    def unmeasured(self, why: str) -> Row:
+        """The same row of a machine that can't measure it, with the command that would elsewhere."""
+        parts = {"why": why, "would be measured by": f"fednano bench {self.bench}"}
+        return replace(self, figure=math.nan, parts=parts)
 
 
 @dataclass(frozen=True)

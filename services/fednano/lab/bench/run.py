@@ -46,7 +46,7 @@ def run_benches(
         raise InvalidRequest.of("--json", "a file in a directory that exists", str(json_file))
     rows: list[Row] = []
     machine = describe_machine()
-    directory = Path(tempfile.mkdtemp(prefix="fednano-bench-"))
+    directory, keep = Path(tempfile.mkdtemp(prefix="fednano-bench-")), False
     try:
         with _interruptible():
             for bench in benches:
@@ -55,17 +55,19 @@ def run_benches(
                     bench.load(), directory / bench.name, quick, flower_venv, told
                 ):
                     rows.append(row)
-                    told.print(f"  {row.case}: {row.figure:.3g} {row.unit}", markup=False)
+                    told.print(f"  {row.case}: {row.shown}", markup=False)
     except Interrupted as signalled:
         told.print(f"\n{signalled}: every process was ended")
-        shutil.rmtree(directory, ignore_errors=True)
         return 130
     except (ProcessFailed, TookTooLong, httpx.HTTPError, FedNanoError) as error:
+        keep = True
         told.print("[red]the bench failed[/]: ", end="")
         told.print(str(error), markup=False)
         told.print(f"logs are kept in {directory}")
         return 1
-    shutil.rmtree(directory, ignore_errors=True)
+    finally:
+        if not keep:
+            shutil.rmtree(directory, ignore_errors=True)
     _report(machine, rows, json_file)
     return int(any(row.met is False for row in rows))
 
@@ -106,18 +108,23 @@ def _report(
     console.print(", ".join(f"{name} {value}" for name, value in machine.items()), style="dim")
     console.print(_table(rows))
     if json_file is not None:
-        found = [{**asdict(row), "reach": _text(row), "met": row.met} for row in rows]
-        json_file.write_text(json.dumps({"machine": machine, "rows": found}, indent=2) + "\n")
+        found = {"machine": machine, "rows": [_as_json(row) for row in rows]}
+        json_file.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
         console.print(f"figures written to {json_file}", highlight=False)
+
+
+def _as_json(row: Row) -> dict[str, Any]:
+    """JSON knows no NaN: what was not measured has no figure."""
+    figure = row.figure if row.measured else None
+    return {**asdict(row), "figure": figure, "reach": _text(row), "met": row.met}
 
 
 def _table(rows: Sequence[Row]) -> Table:
     table = Table("bench", "case", "figure", "reach", "", "made of", "setting", header_style="bold")
     marks = {True: "[green]reached[/]", False: "[red]missed[/]", None: ""}
     for row in rows:
-        figure = f"{row.figure:.3f} {row.unit}"
         parts, setting = _pairs(row.parts), _pairs(row.setting)
-        table.add_row(row.bench, row.case, figure, _text(row), marks[row.met], parts, setting)
+        table.add_row(row.bench, row.case, row.shown, _text(row), marks[row.met], parts, setting)
     return table
 
 

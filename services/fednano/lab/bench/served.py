@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,13 +23,32 @@ from fednano.coordinator.strategies import initial_adapter
 from fednano.lab.bench.checkpoints import Model
 from fednano.lab.bench.rows import Surroundings
 from fednano.lab.federation import Federation
-from fednano.models.frozen import FrozenLLM
+from fednano.models.frozen import DeviceName, DTypeName, FrozenLLM
 from fednano.models.llava import LlavaFront
 from fednano.wire.headers import make_header
 from fednano.wire.sessions import Identity, SessionSigner, write_keys
 from fednano.wire.tensor_pb2 import FP32, DType
 
 RANK, SCALE = 16, 2.0
+_START_SECONDS = 600
+"""A service that ends is noticed at once; one with a large model may take its time."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an LLM computes, and how; `threads` are those of a CPU's part in it, on each side."""
+
+    device: DeviceName = "cpu"
+    dtype: DTypeName = "fp32"
+    threads: int = 1
+
+    @property
+    def name(self) -> str:
+        there = self.device == "cuda" and torch.cuda.is_available()
+        return torch.cuda.get_device_name() if there else self.device
+
+
+ON_CPU = Place()
 
 
 @dataclass(frozen=True)
@@ -56,25 +75,28 @@ class Service:
 
 
 @contextmanager
-def serve(around: Surroundings, model: Model) -> Iterator[Service]:
-    """A process that serves the LLM half, on one thread, in fp32."""
+def serve(around: Surroundings, model: Model, place: Place = ON_CPU) -> Iterator[Service]:
+    """A process that serves the LLM half."""
     folder = around.directory / f"{model.halves.name}-served"
     folder.mkdir()
     federation = Federation(folder, around.processes)
     federation.halves = model.halves
     private, _ = write_keys(folder / "keys")
-    federation.start_llm(log_level="warning")
-    federation.wait_for("llm")
+    federation.start_llm(
+        log_level="warning", device=place.device, dtype=place.dtype, threads=str(place.threads)
+    )
+    ready = folder / "llm.ready"
+    around.processes.wait_until(ready.exists, "the start of the LLM service", _START_SECONDS)
     try:
         yield Service(federation.addresses.llm, private.read_bytes())
     finally:
         around.processes.kill("llm")
 
 
-def whole(model: Model) -> FrozenLLM:
-    """The same half in this process, on one thread."""
-    torch.set_num_threads(1)
-    return FrozenLLM.load(model.halves / "llm", device="cpu", dtype="fp32")
+def whole(model: Model, place: Place = ON_CPU) -> FrozenLLM:
+    """The same half in this process."""
+    torch.set_num_threads(place.threads)
+    return FrozenLLM.load(model.halves / "llm", device=place.device, dtype=place.dtype)
 
 
 def new_adapters(hidden: int, rank: int = RANK, scale: float = SCALE) -> NanoAdapters:
@@ -105,9 +127,13 @@ def make_long_examples(edge: EdgeHalf, count: int, side: int, tokens: int) -> li
 
 
 def taken_bytes(meter: Meter) -> tuple[int, int]:
-    """Sent and received since the last time."""
+    """Of messages sent and received since the last time, without their estimated framing."""
     costs = meter.take()
-    return sum(costs.sent_bytes.values()), sum(costs.received_bytes.values())
+    return _unframed(costs.sent_bytes), _unframed(costs.received_bytes)
+
+
+def _unframed(amounts: Mapping[str, int]) -> int:
+    return sum(amount for kind, amount in amounts.items() if kind != "framing")
 
 
 class EncodedNow(FeatureCache):

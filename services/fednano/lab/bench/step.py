@@ -1,4 +1,5 @@
-"""The split step over loopback against the same step with the whole model in one process."""
+"""The split step over loopback against the same step with the whole model in one process: small models
+on a CPU, and on a GPU a large one (`large_step`)."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from statistics import median
 from fednano.client.edge import EdgeHalf
 from fednano.client.examples import Example
 from fednano.client.trainer import Trainer
+from fednano.lab.bench import large_step
 from fednano.lab.bench.checkpoints import Model, hundred, tiny
 from fednano.lab.bench.rows import Reach, Row, Surroundings
 from fednano.lab.bench.served import RANK, EncodedNow, make_examples, new_adapters, serve, whole
@@ -41,6 +43,7 @@ def measure(around: Surroundings) -> Iterator[Row]:
     """Both sides have their features cached, so the ratio is what the split costs."""
     for size in sizes(around.quick):
         yield Sides(around, size, "step", encodes=False).row(Reach("at most", size.reach))
+    yield from large_step.measure(around)
 
 
 def measure_cached(around: Surroundings) -> Iterator[Row]:

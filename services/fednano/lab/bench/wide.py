@@ -45,7 +45,13 @@ def whole_llava() -> Weights:
 
 def embedding_table() -> Weights:
     """Of LLaVA-1.5-7B; a client has it only if it was split so."""
-    return Weights(_published().text_config.vocab_size * HIDDEN)
+    return Weights(published_text().vocab_size * HIDDEN)
+
+
+def published_text() -> LlamaConfig:
+    """Of LLaVA-1.5-7B's LLM."""
+    text: LlamaConfig = _published().text_config
+    return text
 
 
 def _published() -> Any:
@@ -68,26 +74,33 @@ def clip_large() -> CLIPVisionConfig:
     )
 
 
-def clip_small() -> CLIPVisionConfig:
+def clip_small(side: int = SIDE, patch: int = PATCH) -> CLIPVisionConfig:
     """As many image tokens, for next to nothing."""
     return CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
-        image_size=SIDE,
-        patch_size=PATCH,
+        image_size=side,
+        patch_size=patch,
         projection_dim=32,
     )
 
 
-def wide(directory: Path, name: str, vision: CLIPVisionConfig, dtype: torch.dtype) -> Model:
+def wide(
+    directory: Path,
+    name: str,
+    vision: CLIPVisionConfig,
+    dtype: torch.dtype,
+    hidden: int = HIDDEN,
+) -> Model:
     """A checkpoint with random weights in `dtype`, cut in two by the real split."""
     whole, halves = directory / f"{name}-whole", directory / name
-    processor = build_processor(SIDE, PATCH)
+    side, patch = _pixels(vision)
+    processor = build_processor(side, patch)
     text = LlamaConfig(
         vocab_size=len(processor.tokenizer),
-        hidden_size=HIDDEN,
+        hidden_size=hidden,
         intermediate_size=64,
         num_hidden_layers=1,
         num_attention_heads=4,
@@ -104,16 +117,22 @@ def wide(directory: Path, name: str, vision: CLIPVisionConfig, dtype: torch.dtyp
     model: Any = LlavaForConditionalGeneration(_config(vision, text))
     model.to(dtype).save_pretrained(whole)
     processor.save_pretrained(whole)
-    return Model(name, halves, SIDE, split(whole, halves))
+    return Model(name, halves, side, split(whole, halves))
+
+
+def _pixels(vision: Any) -> tuple[int, int]:
+    """Of a side, and of a patch's."""
+    return vision.image_size, vision.patch_size
 
 
 def _config(vision: CLIPVisionConfig, text: LlamaConfig) -> LlavaConfig:
+    side, patch = _pixels(vision)
     return LlavaConfig(
         vision_config=vision,
         text_config=text,
         image_token_index=IMAGE,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
-        image_seq_length=(SIDE // PATCH) ** 2,
+        image_seq_length=(side // patch) ** 2,
         tie_word_embeddings=text.tie_word_embeddings,
     )
