@@ -6,7 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from fednano.client.datasets import DigitsShard, JsonlDataset, digits_test
+from fednano.client.datasets import (
+    DigitsShard,
+    JsonlDataset,
+    Shard,
+    digits_test,
+    global_test_set,
+)
 from fednano.wire.errors import InvalidRequest
 from fednano.wire.run_config import DataConfig
 from PIL import Image
@@ -45,6 +51,39 @@ def test_an_epoch_is_a_function_of_seed_round_and_client() -> None:
     assert [e.id for e in first] != [e.id for e in other]
 
 
+def test_an_epoch_has_every_picture_once_with_one_question_and_differs_by_client() -> None:
+    shard = DigitsShard.deal(CONFIG, 0, 1, 4)
+    mine, others = (shard.epoch(0, 1, 0, client) for client in ("a", "b"))
+    assert sorted(e.id.rsplit("-", 1)[0] for e in mine) == [digit.id for digit in shard.training]
+    assert {e.kind for e in mine} == {"name", "numeral", "parity"}
+    assert [e.id for e in mine] != [e.id for e in others]
+
+
+def test_scenes_are_dealt_by_their_first_shape() -> None:
+    config = DataConfig(source="scenes", partition="dirichlet:0.1")
+    shards = [Shard.deal(config, 0, shard, 3) for shard in range(3)]
+    seen = [[scene.label for scene in (*s.training, *s.kept)] for s in shards]
+    assert sum(map(len, seen)) == 1000
+    assert max(max(map(labels.count, labels)) / len(labels) for labels in seen) > 0.6
+    kinds = {example.kind for example in shards[0].held_back()}
+    assert kinds == {"caption-one", "caption-two", "retrieval"}
+    assert all(not example.candidates for example in shards[0].epoch(0, 1, 0, "c"))
+
+
+def test_a_clients_scanner_takes_what_is_held_back_too_and_leaves_the_test_set_alone() -> None:
+    plain, scanned = (
+        Shard.deal(DataConfig(partition=partition), 0, 1, 4) for partition in ("iid", "feature:1")
+    )
+    for before, after in ((plain.training, scanned.training), (plain.kept, scanned.kept)):
+        assert [digit.id for digit in before] == [digit.id for digit in after]
+        pairs = zip(before, after, strict=True)
+        assert all(a.image.tobytes() != b.image.tobytes() for a, b in pairs)
+    sets = [
+        global_test_set(DataConfig(partition=p, evaluation_limit=3)) for p in ("iid", "feature:1")
+    ]
+    assert sets[0] == sets[1]
+
+
 def test_a_limit_keeps_a_shard_small() -> None:
     shard = DigitsShard.deal(CONFIG.model_copy(update={"limit": 20}), 0, 0, 4)
     assert len(shard.training) + len(shard.kept) == 20
@@ -57,6 +96,19 @@ def test_a_jsonl_file_becomes_examples(folder: Path) -> None:
     assert len(data) == 8
     assert {e.question for e in data.everything()} == {f"Q{i}?" for i in range(10)}
     assert data.epoch(0, 1, 0, "c")[0].images[0].mode == "RGB"
+
+
+def test_a_line_may_offer_candidates(folder: Path) -> None:
+    line = {"image": "a.png", "question": "Q?", "answer": "b", "candidates": ["a", "b"]}
+    found = JsonlDataset.read(write(folder / "d.jsonl", [line, line])).everything()
+    assert found[0].candidates == ("a", "b")
+
+
+@pytest.mark.parametrize("candidates", [["a", "c"], ["b", "b"], ["b", ""]])
+def test_candidates_that_are_no_choice_are_refused(folder: Path, candidates: list[str]) -> None:
+    line = {"question": "Q?", "answer": "b", "candidates": candidates}
+    with pytest.raises(InvalidRequest, match=r"d\.jsonl:1.*candidate"):
+        JsonlDataset.read(write(folder / "d.jsonl", [line]))
 
 
 def test_text_alone_and_several_images_are_fine(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A client's private data: the built-in digits in shards, or its own JSONL file.
+"""A client's private data: a built-in task in shards, or its own JSONL file.
 
 Every client holds back a part of its data to be scored on: that part is never trained on.
 """
@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Annotated, Any, Generic, Protocol, TypeVar, overload
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fednano.client import digits
+from fednano.client import digits, scenes
 from fednano.client.examples import Example
+from fednano.client.partitions import Scanner, partition
 from fednano.wire.errors import InvalidRequest, Problem
 from fednano.wire.run_config import DataConfig
 
@@ -42,51 +43,93 @@ class Dataset(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class DigitsShard:
-    """One client's share of the built-in digits' training split."""
+P = TypeVar("P", digits.DigitImage, scenes.Scene)
 
-    training: Sequence[digits.DigitImage]
-    kept: Sequence[digits.DigitImage]
+
+@dataclass(frozen=True)
+class Task(Generic[P]):
+    """A built-in task."""
+
+    pictures: Callable[[digits.Split], Sequence[P]]
+    lessons: Callable[[P], list[Example]]
+    """What a picture is trained on: one of these in an epoch."""
+    exam: Callable[[P], list[Example]]
+    """What it is scored on."""
+
+
+TASKS: dict[str, Task[Any]] = {
+    "digits": Task(digits.load_split, digits.examples_of, digits.examples_of),
+    "scenes": Task(scenes.load_scenes, scenes.lessons, scenes.examples_of),
+}
+
+
+@dataclass(frozen=True)
+class Shard(Generic[P]):
+    """One client's share of a built-in task's training split."""
+
+    task: Task[P]
+    training: Sequence[P]
+    kept: Sequence[P]
 
     @classmethod
-    def deal(cls, config: DataConfig, seed: int, shard: int, of: int) -> DigitsShard:
-        """Share `shard` of `of`, by the run's partition and seed."""
-        everything = digits.load_split("train")
-        labels = [digit.label for digit in everything]
-        mine = digits.partition(labels, of, config.partition, seed)[shard]
+    def deal(cls, config: DataConfig, seed: int, shard: int, of: int) -> Shard[Any]:
+        """Share `shard` of `of`, by the run's task, partition and seed."""
+        task = TASKS[config.source]
+        everything = task.pictures("train")
+        labels = [picture.label for picture in everything]
+        mine = partition(labels, of, config.partition, seed)[shard]
         shuffled = np.random.default_rng([seed, shard]).permutation(mine)
         if config.limit:
             shuffled = shuffled[: config.limit]
         kept = max(1, round(len(shuffled) * HELD_BACK))
-        return cls(
-            [everything[i] for i in np.sort(shuffled[kept:])],
-            [everything[i] for i in np.sort(shuffled[:kept])],
+        scanner = Scanner.of(config.partition, shard)
+        training, held_back = (
+            [_scanned(everything[i], scanner) for i in np.sort(chosen)]
+            for chosen in (shuffled[kept:], shuffled[:kept])
         )
+        return Shard(task, training, held_back)
 
     def __len__(self) -> int:
         return len(self.training)
 
     def epoch(self, seed: int, round_number: int, epoch: int, client: str) -> list[Example]:
-        """Every image once, with one random question each."""
-        return digits.one_question_each(
-            self.training, seed=seed, round=round_number, client=client, epoch=epoch
-        )
+        """Every picture once, in random order, with one of its lessons by chance."""
+        entropy = [seed, round_number, epoch, zlib.crc32(client.encode())]
+        rng = np.random.default_rng(entropy)
+        lessons = (self.task.lessons(self.training[i]) for i in rng.permutation(len(self)))
+        return [offered[rng.integers(len(offered))] for offered in lessons]
 
     def held_back(self) -> list[Example]:
-        return [example for digit in self.kept for example in digits.examples_of(digit)]
+        return [example for picture in self.kept for example in self.task.exam(picture)]
+
+
+DigitsShard = Shard  # its name where a run is on digits
+
+
+def _scanned(picture: P, scanner: Scanner | None) -> P:
+    if scanner is None:
+        return picture
+    return replace(picture, image=scanner.scan(picture.image, picture.id))
+
+
+def global_test_set(config: DataConfig) -> list[Example]:
+    """The global test set of a built-in task: all that is asked about every test picture."""
+    task = TASKS[config.source]
+    chosen = task.pictures("test")[: config.evaluation_limit or None]
+    return [example for picture in chosen for example in task.exam(picture)]
 
 
 def digits_test(limit: int = 0) -> list[Example]:
-    """The global test set of the built-in task: all questions about every test image."""
-    chosen = digits.load_split("test")
-    return [example for digit in chosen[: limit or None] for example in digits.examples_of(digit)]
+    """The test set of the digits, or of the first of them."""
+    return global_test_set(DataConfig(evaluation_limit=limit))
 
 
 class JsonlLine(BaseModel):
-    """One line: {"image": "path"} or {"images": [...]}, "question", "answer", optional "id", "kind".
+    """One line: {"image": "path"} or {"images": [...]}, "question", "answer", optional "id", "kind",
+    "candidates".
 
-    Paths are relative to the file.
+    Paths are relative to the file. Candidates are answers that the right one is to be told from; it is
+    one of them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -97,11 +140,16 @@ class JsonlLine(BaseModel):
     images: tuple[str, ...] = ()
     id: str = ""
     kind: str = ""
+    candidates: tuple[Annotated[str, Field(min_length=1)], ...] = ()
 
     @model_validator(mode="after")
     def _one_of(self) -> JsonlLine:
         if self.image is not None and self.images:
             raise ValueError("give image or images, not both")
+        if self.candidates and self.answer not in self.candidates:
+            raise ValueError("the answer is to be one of the candidates")
+        if len(set(self.candidates)) < len(self.candidates):
+            raise ValueError("a candidate is there twice")
         return self
 
     @property
@@ -168,7 +216,7 @@ class Unopened(Sequence[Example]):
             return Unopened(self.folder, self.lines[index])
         line = self.lines[index]
         images = tuple(open_image(self.folder / name) for name in line.paths)
-        return Example(line.id, images, line.question, line.answer, line.kind)
+        return Example(line.id, images, line.question, line.answer, line.kind, line.candidates)
 
 
 def open_image(path: Path) -> Image.Image:

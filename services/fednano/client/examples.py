@@ -1,6 +1,6 @@
-"""One example of visual question answering, whatever it was read from.
+"""One example, whatever it was read from: a question about images, and the answer.
 
-The built-in digits and the JSONL reader both end in this type, so that the trainer knows one.
+The built-in tasks and the JSONL reader all end in this type, so that the trainer knows one.
 """
 
 from __future__ import annotations
@@ -19,3 +19,5 @@ class Example:
     question: str
     answer: str
     kind: str = ""  # of question, for accuracies apart
+    candidates: tuple[str, ...] = ()
+    """Where there are any, the example is scored by which of them the model finds likeliest."""
