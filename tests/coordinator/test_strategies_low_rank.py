@@ -10,6 +10,7 @@ from fednano.coordinator.records import Tensors
 from fednano.coordinator.strategies import (
     FrozenDown,
     ProductMean,
+    Stack,
     State,
     Update,
     initial_adapter,
@@ -89,6 +90,46 @@ def test_rows_of_a_have_length_one_and_a_positive_largest_element() -> None:
     down = ProductMean().advance(start(4), [client(n, 4) for n in range(3)]).adapter["text.down"]
     np.testing.assert_allclose(np.linalg.norm(down, axis=1), 1, rtol=1e-6)
     assert (np.abs(down).max(axis=1) == down.max(axis=1)).all()
+
+
+@pytest.mark.parametrize(("clients", "ranks"), [(3, [4, 8]), (12, [18, D])], ids=["few", "many"])
+def test_a_stack_adds_the_mean_of_products_exactly_and_its_rank_ends_at_d(
+    clients: int, ranks: list[int]
+) -> None:
+    """Clients have ranks 1 and 2 in turn; the adapter before any training adds none."""
+    state, wanted = start(4), np.zeros((D, D))
+    for number, rank in enumerate(ranks):
+        updates = [client(n + 20 * number, 1 + n % 2, n + 1) for n in range(clients)]
+        state = Stack().advance(state, updates)
+        wanted += mean_product(updates)
+        np.testing.assert_allclose(product(state.adapter), wanted, rtol=1e-4, atol=1e-4)
+        assert state.adapter["text.down"].shape == (rank, D)
+        assert state.adapter["text.up"].shape == (D, rank)
+
+
+def test_no_client_can_read_anothers_factors_out_of_a_stack() -> None:
+    updates = [client(n, 2) for n in range(3)]
+    rows = Stack().advance(start(4), updates).adapter["text.down"]
+    theirs = np.concatenate([update.adapter["text.down"] for update in updates])
+    theirs /= np.linalg.norm(theirs, axis=1, keepdims=True)
+    alike = np.abs(theirs @ (rows / np.linalg.norm(rows, axis=1, keepdims=True)).T)
+    assert alike.max() < 0.99
+
+
+def test_a_stack_above_its_limit_loses_its_smallest_parts() -> None:
+    updates = [client(n, 4) for n in range(3)]
+    adapter = Stack(most=5).advance(start(4), updates).adapter
+    assert adapter["text.down"].shape == (5, D)
+    wanted = truncated(mean_product(updates), 5)
+    np.testing.assert_allclose(product(adapter), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_stack_of_nothing_is_an_adapter_that_does_nothing() -> None:
+    """Where nobody has data of a modality."""
+    idle = Update("c", 1, start(4).adapter, {})
+    adapter = Stack().advance(start(4), [idle]).adapter
+    assert adapter["text.down"].shape == (1, D)
+    assert not adapter["text.up"].any()
 
 
 def test_with_a_frozen_the_product_of_means_is_the_mean_of_products() -> None:

@@ -130,7 +130,7 @@ class Watched(Update):
 @pytest.mark.parametrize("strategy", [Median(), Krum(1)])
 def test_the_more_updates_the_less_of_each_is_held(strategy: Merging) -> None:
     theta, asked = {"t": np.arange(70_000, dtype=np.float32)}, []
-    updates = [Watched(f"c{n}", 1, theta, {}, asked) for n in range(150)]
+    updates = [Watched(f"c{n}", 1, theta, {}, asked=asked) for n in range(150)]
     assert (strategy.aggregate(updates, 1 << 20)["t"] == theta["t"]).all()
     assert max(asked[:150]) * 150 <= 1 << 23  # what Krum chose is averaged one by one
 

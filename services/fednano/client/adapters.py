@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from fednano.models.language_model import LowRank, Modality
 from fednano.wire.errors import InvalidRequest
@@ -35,6 +36,20 @@ class NanoAdapter(nn.Module):
     def low_rank(self) -> LowRank:
         """A frozen view, to be sent along with Generate."""
         return LowRank(self.down.detach(), self.up.detach(), self.scale)
+
+
+class _Beside(nn.Module):
+    """Frozen rows of A, or columns of B, and those that are trained after them."""
+
+    frozen: torch.Tensor
+
+    def __init__(self, frozen: torch.Tensor, axis: int) -> None:
+        super().__init__()
+        self.register_buffer("frozen", frozen)
+        self._axis = axis
+
+    def forward(self, own: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.frozen, own], self._axis)
 
 
 class NanoAdapters(nn.Module):
@@ -84,10 +99,28 @@ class NanoAdapters(nn.Module):
         for _, adapter in self.items():
             adapter.down.requires_grad_(False)
 
-    def to_tensors(self) -> Tensors:
-        """A copy of every parameter, fp32, by the names that travel."""
+    def named(self) -> dict[str, nn.Parameter]:
+        """Every parameter, by the name that travels."""
         return {
-            f"{modality.name.lower()}.{part}": getattr(adapter, part).detach().cpu().numpy().copy()
+            f"{modality.name.lower()}.{part}": _own(adapter, part)
             for modality, adapter in self.items()
             for part in ("down", "up")
         }
+
+    def put_beside(self, held: Mapping[str, NDArray[np.float32]]) -> None:
+        """From now on these are added to what tensors of the same names, frozen, do (FLoRA, Wang et
+        al., NeurIPS 2024)."""
+        for modality, adapter in self.items():
+            for axis, part in enumerate(("down", "up")):
+                frozen = torch.tensor(held[f"{modality.name.lower()}.{part}"])
+                beside = _Beside(frozen, axis)
+                register_parametrization(adapter, part, beside, unsafe=True)  # of another shape
+
+    def to_tensors(self) -> Tensors:
+        """A copy of every parameter, fp32, by the names that travel."""
+        return {name: p.detach().cpu().numpy().copy() for name, p in self.named().items()}
+
+
+def _own(adapter: NanoAdapter, part: str) -> nn.Parameter:
+    """What is trained of it: all, or `parametrizations.<part>.original` beside what is frozen."""
+    return next(p for name, p in adapter.named_parameters() if part in name.split("."))

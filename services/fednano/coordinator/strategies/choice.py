@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-import numpy as np
-
 from fednano.coordinator.records import Tensors
-from fednano.coordinator.strategies.low_rank import FrozenDown, ProductMean
+from fednano.coordinator.strategies.low_rank import FrozenDown, ProductMean, Stack
 from fednano.coordinator.strategies.means import FedAvg, FisherMerging
 from fednano.coordinator.strategies.optimizers import Adaptive, FedAvgM, ServerOptimizer
 from fednano.coordinator.strategies.robust import Krum, Median, TrimmedMean
+from fednano.coordinator.strategies.scaffold import Scaffold
 from fednano.coordinator.strategies.state import Strategy
+from fednano.wire.low_rank import drawn
 from fednano.wire.run_config import StrategyConfig
 
 T = TypeVar("T")
 
 
-def strategy_of(config: StrategyConfig) -> Strategy:
-    """The strategy that a run is configured with."""
+def strategy_of(config: StrategyConfig, members: int | None = None) -> Strategy:
+    """The strategy that a run with so many members is configured with; None: all of them send an
+    update in every round."""
+    if config.name == "scaffold":
+        return Scaffold(members)
     return _MADE[config.name](config)
 
 
@@ -51,17 +54,10 @@ _MADE: dict[str, Callable[[StrategyConfig], Strategy]] = {
     "multi-krum": lambda config: Krum(_set(config.byzantine), _set(config.selected)),
     "product": lambda config: ProductMean(),
     "ffa": lambda config: FrozenDown(),
+    "flora": lambda config: Stack(_set(config.max_rank)),
 }
 
 
 def initial_adapter(modalities: Iterable[str], rank: int, hidden_size: int, seed: int) -> Tensors:
-    """Per modality A [rank, hidden] uniform in +-1/sqrt(hidden), named `<modality>.down`, and
-    B [hidden, rank] zero, named `<modality>.up`: the adapter changes nothing yet."""
-    tensors: Tensors = {}
-    bound = 1 / np.sqrt(hidden_size)
-    for modality in modalities:
-        rng = np.random.default_rng([seed, *modality.encode()])
-        down = rng.uniform(-bound, bound, (rank, hidden_size))
-        tensors[f"{modality}.down"] = down.astype(np.float32)
-        tensors[f"{modality}.up"] = np.zeros((hidden_size, rank), np.float32)
-    return tensors
+    """A run's, before any training. It changes nothing yet."""
+    return drawn(modalities, rank, hidden_size, [seed])

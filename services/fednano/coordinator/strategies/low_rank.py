@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fednano.coordinator.records import Tensors
 from fednano.coordinator.strategies.means import FedAvg
 from fednano.coordinator.strategies.state import State
 from fednano.coordinator.strategies.updates import BLOCK, Doubles, Readable, View, blocks
-
-DOWN, UP = ".down", ".up"
+from fednano.wire.low_rank import DOWN, UP
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,48 @@ class ProductMean:
         return State(adapter)
 
 
+@dataclass(frozen=True)
+class Stack:
+    """What clients trained in this round is added to what all earlier rounds made: factors that lie
+    side by side, [A, A_1, ..., A_K] and [B, n_1/n B_1, ..., n_K/n B_K], have the product
+    B A + sum n_k/n B_k A_k, without a mean of factors and without loss. Clients' ranks may differ.
+
+    FLoRA: Wang et al., "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous
+    Low-Rank Adaptations", NeurIPS 2024. There clients fold the stack into their copy of the weights.
+    Here nobody holds weights that could take it, so the stack itself is the adapter: frozen for
+    clients, who start every round with a fresh A and B = 0 beside it. Its rank grows round by round,
+    up to d: from then on B is the whole map [d, d] and A is 1, and still nothing is lost. Above
+    `most`, where that is less, it is factored again as ProductMean does, without its smallest parts.
+
+    What a round adds is factored by itself before it is stacked, which changes no product: as it came,
+    every client could read every other's factors out of the stack.
+    """
+
+    most: int = 0
+    """Rank; 0: d."""
+
+    def auxiliary(self, names: Iterable[str]) -> tuple[str, ...]:
+        return ()
+
+    def advance(self, before: State, updates: Iterable[Readable], block: int = BLOCK) -> State:
+        samples = sum(update.samples for update in updates)
+        adapter: Tensors = {}
+        for name in sorted(before.adapter):
+            if not name.endswith(DOWN):
+                continue
+            modality, down = name.removesuffix(DOWN), before.adapter[name]
+            up = before.adapter[modality + UP]
+            added, stack = _Products(), _Products()
+            for update in updates:
+                factors = (_whole(update, modality + part, block) for part in (UP, DOWN))
+                added.add(update.samples / samples, *factors)
+            stack.add(1.0, up.astype(np.float64), down.astype(np.float64))
+            stack.add(1.0, *added.decomposed(len(up)))
+            left, right = stack.side_by_side(min(self.most or len(up), len(up)))
+            adapter |= {modality + UP: left.astype(np.float32), name: right.astype(np.float32)}
+        return State(adapter)
+
+
 class _Products:
     """A weighted sum of products B A, held as factors [d, q] and [q, d] that lie side by side; no
     [d, d] matrix is made while q is smaller than d."""
@@ -83,6 +125,17 @@ class _Products:
             # Any rank above d is redundant: so many clients don't take more memory than a few.
             basis, core, other = self._condensed()
             self._lefts, self._rights = [basis @ core], [other]
+
+    def side_by_side(self, most: int) -> tuple[Doubles, Doubles]:
+        """[d, p] and [p, d] as they were added, without what is 0. Where p would be more than `most`
+        they are `decomposed`, or their product and 1 if that is d. p is at least 1, as an adapter has
+        one row."""
+        left, right = np.concatenate(self._lefts, axis=1), np.concatenate(self._rights)
+        used: NDArray[np.bool_] = np.asarray(left.any(axis=0))
+        used[0] |= not used.any()
+        if used.sum() <= most:
+            return left[:, used], right[used]
+        return self.decomposed(most) if most < len(left) else (left @ right, np.eye(len(left)))
 
     def _condensed(self) -> tuple[Doubles, Doubles, Doubles]:
         """Q [d, p], core [p, p] and P [p, d] with orthonormal Q and P, p at most d."""

@@ -10,6 +10,8 @@ from typing import Protocol
 from fednano.coordinator.records import Tensors
 from fednano.coordinator.strategies.updates import BLOCK, Readable
 
+CONTROL = "control."
+
 
 @dataclass(frozen=True)
 class State:
@@ -17,8 +19,14 @@ class State:
 
     adapter: Tensors
     moments: Tensors = field(default_factory=dict)
-    """What a server optimiser carries on, fp32: `momentum.<tensor>`, `second.<tensor>`. Nothing
-    before the first round, and nothing with any other strategy."""
+    """What a strategy carries on beside the adapter, fp32: a server optimiser `momentum.<tensor>` and
+    `second.<tensor>`, SCAFFOLD `control.<tensor>`. Nothing before the first round, and nothing with
+    any other strategy."""
+
+    @property
+    def handed(self) -> Tensors:
+        """What of it clients get together with the adapter: SCAFFOLD's c."""
+        return {name: held for name, held in self.moments.items() if name.startswith(CONTROL)}
 
 
 class Strategy(Protocol):

@@ -41,6 +41,11 @@ class Readable(Protocol):
     def samples(self) -> int: ...
 
     @property
+    def staleness(self) -> int:
+        """Merges since the adapter that it started from was the newest."""
+        ...
+
+    @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Of the adapter's tensors."""
         ...
@@ -62,6 +67,7 @@ class Update:
     samples: int
     adapter: Tensors
     auxiliary: Tensors
+    staleness: int = 0
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -88,6 +94,10 @@ class View:
     of: Readable
     samples: int
     shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def staleness(self) -> int:
+        return self.of.staleness
 
     def mean(self, name: str) -> float:
         return self.of.mean(name)
