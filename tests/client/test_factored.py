@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from fednano.client.meter import Direction, Kind, Meter
 from fednano.client.remote import RemoteLanguageModel
 from fednano.client.trainer import Trainer
 from fednano.client.wires import Crossed, DenseWire, FactoredWire, Wire
+from fednano.models.factored import base_digest
 from fednano.models.frozen import FrozenLLM
 from fednano.models.language_model import Sampling
 from fednano.wire.run_config import DataConfig, TrainingConfig
@@ -167,6 +170,42 @@ def test_a_base_travels_once(port: int, adapters: NanoAdapters, batch: Batch) ->
     assert "bases" not in later.sent_bytes
     assert later.sent_bytes["embeddings"] == (tokens + 2 * hidden) * 4 * 4  # U and two W of rank 4
     assert later.received_bytes["gradients"] == (tokens + 4 * hidden) * 4 * 4  # and two Fishers
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, INT8])
+def test_what_is_made_ready_ahead_is_what_a_step_makes(
+    port: int, adapters: NanoAdapters, edge: EdgeHalf, examples: list[Example], dtype: DType
+) -> None:
+    """The same bytes under the same names, so that they travel once."""
+    prepared, meter = [edge.prepare(example) for example in examples], Meter()
+    with remote(port, meter=meter, wire_dtype=dtype) as llm:
+        wire = FactoredWire(FactoredLanguageModel(llm))
+        wire.llm.forget()
+        found = step(wire, adapters, wire.ready(prepared))
+        assert meter.take().sent_bytes["bases"] > 0
+        wanted = step(wire, adapters, Batch.of(prepared))
+        assert "bases" not in meter.take().sent_bytes
+    for name, gradient in wanted.gradients.items():
+        assert torch.equal(found.gradients[name], gradient), name
+
+
+def test_what_is_held_is_hashed_while_the_step_before_is_in_flight(
+    llm: RemoteLanguageModel, edge: EdgeHalf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the thread that prepares batches; no step has to wait for it."""
+    threads = []
+
+    def watched(*arguments: Any) -> bytes:
+        threads.append(threading.current_thread().name)
+        return base_digest(*arguments)
+
+    monkeypatch.setattr("fednano.client.factored.base_digest", watched)
+    shard = DigitsShard.deal(DataConfig(limit=40), seed=0, shard=0, of=4)
+    Trainer(edge, llm, FactoredLanguageModel(llm)).train(
+        no_adapters(), lambda epoch: shard.epoch(0, 1, epoch, "c"), TrainingConfig(epochs=1)
+    )
+    assert len(threads) == len(shard)
+    assert all(name.startswith("ahead") for name in threads)
 
 
 def test_a_service_that_lost_everything_gets_it_again(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import torch
 
@@ -27,13 +28,22 @@ class Batch:
     base: torch.Tensor  # [tokens, hidden]
     segments: tuple[tuple[Segment, ...], ...]
     labels: torch.Tensor  # [tokens]
+    digests: tuple[bytes, ...] = ()
+    """Of each sample's x, where it is already as a service holds it (factored.py)."""
 
     @classmethod
-    def of(cls, examples: Sequence[Prepared]) -> Batch:
+    def of(
+        cls,
+        examples: Sequence[Prepared],
+        base: torch.Tensor | None = None,
+        digests: tuple[bytes, ...] = (),
+    ) -> Batch:
+        """`base` stands for the examples' own, end to end."""
         return cls(
-            base=torch.cat([e.base for e in examples]),
+            base=torch.cat([e.base for e in examples]) if base is None else base,
             segments=tuple(e.segments for e in examples),
             labels=torch.cat([e.labels for e in examples]),
+            digests=digests,
         )
 
     def __len__(self) -> int:
@@ -54,6 +64,14 @@ class Batch:
         """[samples] float32: labelled tokens of each sample."""
         counts = torch.zeros(len(self))
         return counts.index_add_(0, self.sample_of, (self.labels != IGNORED).float())
+
+    @cached_property
+    def stretches(self) -> list[tuple[Modality, torch.Tensor]]:
+        """Of `base`: views of what lies side by side and is of one modality, across samples."""
+        kinds = [(s.modality, s.length) for sample in self.segments for s in sample]
+        runs = [(m, sum(n for _, n in run)) for m, run in groupby(kinds, lambda kind: kind[0])]
+        views = self.base.split([length for _, length in runs])
+        return [(modality, x) for (modality, _), x in zip(runs, views, strict=True)]
 
     def rows(self, modality: Modality) -> torch.Tensor:
         """Indices into the packed tokens of all that are of one modality."""

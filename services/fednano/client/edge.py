@@ -158,21 +158,29 @@ class NanoEdge(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """[tokens, hidden]: image tokens through a_image, text tokens through a_text."""
-        hidden = batch.base
+        hidden = batch.base.clone()
         for modality, adapter in self.adapters.items():
             rows = batch.rows(modality)
             if len(rows):
-                hidden = hidden.index_add(0, rows, adapter(batch.base[rows]))
+                hidden.index_add_(0, rows, adapter(batch.base[rows]))
         return hidden
 
     def factored(self, batch: Batch) -> Factored:
         """The same as x + U W, with U = A x and W = s B^T: the graph ends in those two. Ranks that
         differ are filled up with zeros."""
-        used = [(m, a, batch.rows(m)) for m, a in self.adapters.items() if len(batch.rows(m))]
-        rank = max((len(adapter.down) for _, adapter, _ in used), default=1)
-        left, right = batch.base.new_zeros(len(batch.base), rank), {}
-        for modality, adapter, rows in used:
-            missing = rank - len(adapter.down)
-            left = left.index_add(0, rows, pad(batch.base[rows] @ adapter.down.T, (0, missing)))
-            right[modality] = pad(adapter.scale * adapter.up.T, (0, 0, 0, missing))
-        return Factored(batch.base, left, right, batch.segments)
+        present = {modality for modality, _ in batch.stretches}
+        used = {modality: a for modality, a in self.adapters.items() if modality in present}
+        rank = max((len(adapter.down) for adapter in used.values()), default=1)
+        down = {modality: _filled(adapter.down, rank).T for modality, adapter in used.items()}
+        # Not of rows picked out of x: they would be a copy of it, which is kept for the way back.
+        left = [
+            x @ down[modality] if modality in down else x.new_zeros(len(x), rank)
+            for modality, x in batch.stretches
+        ]
+        right = {modality: _filled(a.scale * a.up.T, rank) for modality, a in used.items()}
+        return Factored(batch.base, torch.cat(left), right, batch.segments)
+
+
+def _filled(tensor: torch.Tensor, rank: int) -> torch.Tensor:
+    """[own rank, hidden] to [rank, hidden]; what is missing is 0."""
+    return pad(tensor, (0, 0, 0, rank - len(tensor)))

@@ -27,11 +27,10 @@ from fednano.models.language_model import (
     NewToken,
     Sampling,
     ScoreResult,
-    Sequences,
 )
 from fednano.wire import codec, llm_pb2, torch_codec
 from fednano.wire.errors import FedNanoError, UnknownBase, Unsupported
-from fednano.wire.tensor_pb2 import FP32, DType, Header, TensorSpec
+from fednano.wire.tensor_pb2 import INT8, DType, Header, TensorSpec
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +43,18 @@ _DENSE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Base:
-    """One sample's x as it travels."""
+    """One sample's x. Its bytes are made when they are to travel: they do so once."""
 
     digest: bytes
     spec: TensorSpec
-    data: codec.Buffer
+    values: torch.Tensor  # [tokens, hidden], `held`
+
+    @property
+    def size(self) -> int:
+        return codec.spec_size(self.spec)
+
+    def data(self) -> codec.Buffer:
+        return torch_codec.pack(self.values, self.spec.dtype)
 
 
 class NoRoom(Exception):
@@ -74,9 +80,9 @@ class FactoredLanguageModel:
         self._dense_until = float("-inf")
         self._broken_off: set[str] = set()  # addresses to which an upload was not finished
 
-    @property
-    def wire_dtype(self) -> DType:
-        return self._remote.wire_dtype
+    def held(self, samples: Sequence[torch.Tensor]) -> tuple[torch.Tensor, tuple[bytes, ...]]:
+        """`held` by this service."""
+        return held(samples, self._remote.wire_dtype, self._remote.fingerprint)
 
     def step(
         self,
@@ -84,13 +90,15 @@ class FactoredLanguageModel:
         labels: torch.Tensor,
         weights: torch.Tensor,
         want_fisher: bool = False,
+        digests: Sequence[bytes] = (),
     ) -> FactoredStep:
-        """Loss and gradient of sum_i weights[i] * loss_i. `sent.base` is `as_held`."""
+        """Loss and gradient of sum_i weights[i] * loss_i. `sent.base` is `held`; the digests are made
+        again where they are not given."""
 
         def by_factors() -> FactoredStep:
             found = [
                 self._remote.stepped(portion, labels, weights, want_fisher)
-                for portion in self._sent(sent)
+                for portion in self._sent(sent, digests)
             ]
             loss_sums, counts = losses([result for result, _ in found])
             parts = [_gradient(result.gradient.factored, values) for result, values in found]
@@ -103,20 +111,26 @@ class FactoredLanguageModel:
 
         return self._either(by_factors, densely)
 
-    def score(self, sent: Factored, labels: torch.Tensor) -> ScoreResult:
+    def score(
+        self, sent: Factored, labels: torch.Tensor, digests: Sequence[bytes] = ()
+    ) -> ScoreResult:
         """Loss and teacher-forced hits, no gradient."""
         return self._either(
-            lambda: self._remote.scored(self._sent(sent), labels),
+            lambda: self._remote.scored(self._sent(sent, digests), labels),
             lambda: self._remote.score(sent.dense(), labels),
         )
 
     def generate(
-        self, sent: Factored, sampling: Sampling, text_adapter: LowRank | None = None
+        self,
+        sent: Factored,
+        sampling: Sampling,
+        text_adapter: LowRank | None = None,
+        digests: Sequence[bytes] = (),
     ) -> Iterator[list[NewToken]]:
         """As LanguageModel.generate."""
         written: Counter[int] = Counter()  # by sample
         if time.monotonic() >= self._dense_until:
-            portions = self._sent(sent, low_rank_size(text_adapter))
+            portions = self._sent(sent, digests, low_rank_size(text_adapter))
             try:
                 for tokens in self._remote.generated(portions, sampling, text_adapter):
                     written.update(token.sample for token in tokens)
@@ -133,9 +147,10 @@ class FactoredLanguageModel:
         request = llm_pb2.DeleteBaseRequest(header=self._remote.header())
         for replica in self._calls.replicas.every():
             try:
+                self._calls.sent(request)
                 with self._calls.calling("DeleteBase", request.header) as options:
-                    replica.stub.DeleteBase(request, **options)
-                self._calls.meter.add("sent", "control", request.ByteSize())
+                    reply = replica.stub.DeleteBase(request, **options)
+                self._calls.received(reply)
             except FedNanoError as error:
                 log.info("bases not deleted", extra={"reason": str(error)})
 
@@ -152,20 +167,29 @@ class FactoredLanguageModel:
         extra = {"reason": str(error), "seconds": _DENSE_SECONDS}
         log.warning("the dense wire is used instead", extra=extra)
 
-    def _sent(self, sent: Factored, beside: int = 0) -> Iterator[Sent]:
+    def _sent(self, sent: Factored, digests: Sequence[bytes], beside: int = 0) -> Iterator[Sent]:
         """In portions that fit, of which each has every W; see `RemoteLanguageModel.sent`."""
-        dtype, rank = self.wire_dtype, sent.left.shape[-1]
+        dtype, rank = self._remote.wire_dtype, sent.left.shape[-1]
+        bases = self._bases(sent, digests)
         sizes = [codec.byte_size(dtype, (length, rank)) for length in sent.lengths]
         beside += sum(codec.byte_size(dtype, w.shape) for w in sent.right.values())
         for portion in cut(sent.lengths, sizes, self._remote.card.limits, beside):
-            yield self._portion(sent, portion)
+            yield self._portion(sent, portion, bases[portion.samples])
 
-    def _portion(self, sent: Factored, portion: Portion) -> Sent:
+    def _bases(self, sent: Factored, digests: Sequence[bytes]) -> list[Base]:
+        dtype, samples = self._remote.wire_dtype, sent.base.split(list(sent.lengths))
+        specs = [torch_codec.spec_of("base", x, dtype) for x in samples]
+        if not digests:
+            digests = [
+                base_digest(self._remote.fingerprint, spec, torch_codec.pack(x, dtype))
+                for x, spec in zip(samples, specs, strict=True)
+            ]
+        return [Base(*parts) for parts in zip(digests, specs, samples, strict=True)]
+
+    def _portion(self, sent: Factored, portion: Portion, bases: Sequence[Base]) -> Sent:
         """U, then each W by its modality's number; the bases by their digests."""
-        dtype, left = self.wire_dtype, sent.left[portion.tokens]
+        dtype, left = self._remote.wire_dtype, sent.left[portion.tokens]
         segments = sent.segments[portion.samples]
-        base = portion.of(Sequences(sent.base, sent.segments))
-        bases = _bases(base, dtype, self._remote.fingerprint)
         right = {int(m): sent.right[m] for m in sorted(sent.right)}
         form = llm_pb2.FactoredForm(
             bases=[base.digest for base in bases],
@@ -205,7 +229,7 @@ class FactoredLanguageModel:
         """How many of all announced bytes the replica holds, in their order."""
         with self._calls.calling("UploadBase", header) as options:
             reply = replica.stub.UploadBase(messages, **options)
-        self._calls.meter.add("received", "control", reply.ByteSize())
+        self._calls.received(reply)
         return int(reply.received)
 
     def _messages(
@@ -213,38 +237,38 @@ class FactoredLanguageModel:
     ) -> Iterator[llm_pb2.UploadBaseRequest]:
         """Heads and bytes, but for the first `skip` bytes; only heads to ask what is held."""
         for base in bases:
-            offset = min(skip, len(base.data))
+            offset = min(skip, base.size)
             skip -= offset
-            if offset == len(base.data) and base is not bases[-1]:
+            if offset == base.size and base is not bases[-1]:
                 continue
             head = llm_pb2.UploadBaseHead(
                 header=header, digest=base.digest, values=base.spec, offset=offset
             )
             message = llm_pb2.UploadBaseRequest(head=head)
-            self._calls.meter.add("sent", "control", message.ByteSize())
+            self._calls.sent(message)
             yield message
             if asking:
                 continue
-            for chunk in codec.chunked([memoryview(base.data)[offset:]]):
-                self._calls.meter.add("sent", "bases", len(chunk))
+            for chunk in codec.chunked([memoryview(base.data())[offset:]]):
+                self._calls.meter.chunk("sent", "bases", len(chunk))
                 yield llm_pb2.UploadBaseRequest(chunk=chunk)
 
 
-def as_held(base: torch.Tensor, dtype: DType) -> torch.Tensor:
-    """x [tokens, hidden] as the service will have it: A has to see the same, for the gradient to be
-    that of the model that is computed."""
-    if dtype == FP32:
-        return base
-    spec = torch_codec.spec_of("base", base, dtype)
-    return torch_codec.to_torch(dtype, spec.shape, torch_codec.pack(base, dtype)).float()
-
-
-def _bases(base: Sequences, dtype: DType, fingerprint: str) -> list[Base]:
-    found = []
-    for x in base.values.split(list(base.lengths)):
-        spec, data = torch_codec.spec_of("base", x, dtype), torch_codec.pack(x, dtype)
-        found.append(Base(base_digest(fingerprint, spec, data), spec, data))
-    return found
+def held(
+    samples: Sequence[torch.Tensor], dtype: DType, fingerprint: str
+) -> tuple[torch.Tensor, tuple[bytes, ...]]:
+    """Each sample's x [tokens, hidden] as the service will have it, end to end, and its digest: one go
+    over them, in place of the copy that packing them is. A has to see what the service has, for the
+    gradient to be that of the model that is computed."""
+    base = torch.empty(sum(map(len, samples)), samples[0].shape[-1])
+    digests = []
+    for own, x in zip(samples, base.split([len(own) for own in samples]), strict=True):
+        spec, data = torch_codec.spec_of("base", x, dtype), torch_codec.pack(own, dtype)
+        x.copy_(torch_codec.to_torch(dtype, spec.shape, data))
+        if dtype == INT8:  # an upload packs what is held, whose scales may be rounded once more
+            data = torch_codec.pack(x, dtype)
+        digests.append(base_digest(fingerprint, spec, data))
+    return base, tuple(digests)
 
 
 def _places(error: UnknownBase, samples: int) -> list[int]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
-from fednano.client.batches import Batch
+from fednano.client.batches import Batch, Prepared
 from fednano.client.edge import NanoEdge
-from fednano.client.factored import FactoredLanguageModel, as_held
+from fednano.client.factored import FactoredLanguageModel
 from fednano.client.fisher import FisherEstimate
 from fednano.client.losses import client_side_step
 from fednano.models.language_model import LanguageModel, LowRank, NewToken, Sampling, ScoreResult
@@ -28,6 +28,11 @@ class Crossed:
 
 class Wire(Protocol):
     """Puts batches to an LLM, adapters applied."""
+
+    def ready(self, examples: Sequence[Prepared]) -> Batch:
+        """A batch, and all that can be done to it before the adapters are known. Any other batch may
+        be put to the LLM too: then this is done at each call."""
+        ...
 
     def step(
         self, nano: NanoEdge, batch: Batch, weights: torch.Tensor, estimate: FisherEstimate | None
@@ -48,6 +53,9 @@ class DenseWire:
 
     llm: LanguageModel
     loss: str = "server"
+
+    def ready(self, examples: Sequence[Prepared]) -> Batch:
+        return Batch.of(examples)
 
     def step(
         self, nano: NanoEdge, batch: Batch, weights: torch.Tensor, estimate: FisherEstimate | None
@@ -77,12 +85,15 @@ class FactoredWire:
 
     llm: FactoredLanguageModel
 
+    def ready(self, examples: Sequence[Prepared]) -> Batch:
+        return Batch.of(examples, *self.llm.held([example.base for example in examples]))
+
     def step(
         self, nano: NanoEdge, batch: Batch, weights: torch.Tensor, estimate: FisherEstimate | None
     ) -> Crossed:
         held = self._held(batch)
         sent = nano.factored(held)
-        reply = self.llm.step(sent, batch.labels, weights, want_fisher=estimate is not None)
+        reply = self.llm.step(sent, batch.labels, weights, estimate is not None, held.digests)
         if estimate is not None:
             estimate.add_factored(held, reply.gradient, weights)
 
@@ -95,12 +106,17 @@ class FactoredWire:
         return Crossed(reply.loss_sums, reply.token_counts, backward)
 
     def score(self, nano: NanoEdge, batch: Batch) -> ScoreResult:
-        return self.llm.score(nano.factored(self._held(batch)), batch.labels)
+        held = self._held(batch)
+        return self.llm.score(nano.factored(held), batch.labels, held.digests)
 
     def generate(
         self, nano: NanoEdge, batch: Batch, sampling: Sampling, text: LowRank | None
     ) -> Iterator[list[NewToken]]:
-        return self.llm.generate(nano.factored(self._held(batch)), sampling, text)
+        held = self._held(batch)
+        return self.llm.generate(nano.factored(held), sampling, text, held.digests)
 
     def _held(self, batch: Batch) -> Batch:
-        return replace(batch, base=as_held(batch.base, self.llm.wire_dtype))
+        if batch.digests:
+            return batch
+        base, digests = self.llm.held(batch.base.split(batch.lengths))
+        return replace(batch, base=base, digests=digests)

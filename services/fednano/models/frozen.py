@@ -293,6 +293,8 @@ class FrozenLLM:
         padding = self._padding(sequences)
         values = self._leaf(sequences)
         predictions = padding.predictions(labels)
+        # Before the forward pass: a copy waits for what a GPU has been given to do.
+        weights = weights.to(self.device, torch.float32)
         with torch.enable_grad():
             losses, _ = self._losses(values, padding, predictions)
             sums = predictions.sums(losses)
