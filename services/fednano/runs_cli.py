@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fednano.rest_client import RestClient, RestSettings, run_path
-from fednano.runs_watch import client_table, round_table, state, watch
+from fednano.runs_watch import client_table, round_table, shadow_tables, state, watch
 from fednano.settings import invalid
 from fednano.wire.errors import FedNanoError, InvalidRequest
 from fednano.wire.run_config import RunConfig
@@ -239,7 +239,7 @@ def show(
     if clients:
         console.print(client_table(clients))
     if rounds:
-        console.print(round_table(rounds))
+        console.print(round_table(rounds), *shadow_tables(rounds))
 
 
 @runs_app.command("watch")

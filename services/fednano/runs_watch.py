@@ -31,6 +31,10 @@ _STYLES = {
     "paused": "yellow",
     "stopped": "yellow",
 }
+SHADOWS = (
+    "\naccuracy of the shadows: one-step counterfactuals, the same updates merged otherwise, each from"
+    " the adapter of the strategy that leads; independent runs decide results"
+)
 _LOOK_SECONDS = 0.5  # at most so often; events come in bursts
 _RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0)
 _SHOWN_ROUNDS = 12
@@ -119,7 +123,8 @@ def _page(client: RestClient, run: dict[str, Any]) -> RenderableType:
     if clients:
         parts.append(client_table(clients))
     if rounds:
-        parts.append(round_table(rounds[-_SHOWN_ROUNDS:]))
+        newest = rounds[-_SHOWN_ROUNDS:]
+        parts += [round_table(newest), *shadow_tables(newest)]
     return Group(*parts)
 
 
@@ -161,6 +166,7 @@ def round_table(rounds: list[dict[str, Any]]) -> Table:
 
 def _round_row(one: dict[str, Any]) -> tuple[RenderableType, ...]:
     people, metrics = one["clients"], one["metrics"]
+    wanted = one.get("wanted") or len(people["selected"])  # an earlier version doesn't tell
     trouble = [f"{len(people[k])} {k}" for k in ("late", "refused", "lost") if people[k]]
     took = "" if one["finished_at"] is None else f"{one['finished_at'] - one['opened_at']:.1f}"
     number = str(one["number"])
@@ -169,10 +175,25 @@ def _round_row(one: dict[str, Any]) -> tuple[RenderableType, ...]:
         state(one["state"]),
         _score(metrics.get("accuracy")),
         _score(metrics.get("loss")),
-        f"{len(people['submitted'])}/{len(people['selected'])}" if people["selected"] else "",
+        f"{len(people['submitted'])}/{wanted}" if wanted else "",
         took,
         Text(one["failure"] or ", ".join(trouble), style="red" if one["failure"] else "yellow"),
     )
+
+
+def shadow_tables(rounds: list[dict[str, Any]]) -> list[RenderableType]:
+    """Accuracies of the shadows beside that of the strategy that leads, and what they are; nothing
+    where there are none."""
+    cast = [one for one in rounds if one["shadows"]]
+    if not cast:
+        return []
+    table = Table("round", box=None, pad_edge=False)
+    for title in (f"{cast[-1]['strategy']}, leads", *(s["label"] for s in cast[-1]["shadows"])):
+        table.add_column(title, justify="right", overflow="fold")
+    for one in cast:
+        scores = [r["metrics"].get("accuracy") for r in (one, *one["shadows"])]
+        table.add_row(str(one["number"]), *map(_score, scores))
+    return [Text(SHADOWS, style="dim"), table]
 
 
 def _score(value: float | None) -> str:

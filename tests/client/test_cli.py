@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 
 import pytest
+from fednano.cli import app
 from fednano.client.cli import Meanwhile
 from fednano.client.daemon import config_of
 from fednano.wire import coordinator_pb2 as pb
@@ -24,6 +26,23 @@ def test_a_service_that_is_asked_again_is_one_line_like_a_finding(
     out, err = capsys.readouterr()
     assert not out
     assert err == f"... the LLM service is asked again: {('not [bold]yet ' * 20).strip()}\n"
+
+
+def test_ask_tells_of_a_service_that_is_asked_again_beside_the_answer(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(*_: object) -> Iterator[str]:
+        logging.getLogger("fednano.client.calls").warning("asked again", extra={"reason": "away"})
+        yield from ("se", "ven")
+
+    monkeypatch.setattr("fednano.client.ask.answer", answer)
+    command = ["ask", "What digit is this?", "--json"]
+    monkeypatch.setenv("FEDNANO_CLIENT_TOKEN", "secret")
+    monkeypatch.setenv("FEDNANO_CLIENT_EDGE", "unused")
+    app(command, standalone_mode=False)
+    out, err = capsys.readouterr()
+    assert json.loads(out)["answer"] == "seven"
+    assert err == "... asked again: away\n"
 
 
 def test_a_setting_of_a_newer_coordinator_ends_the_client_with_its_name() -> None:

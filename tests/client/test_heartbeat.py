@@ -23,7 +23,7 @@ class Coordinator:
         self.heard: list[str] = []
 
     def heartbeat(
-        self, member: Membership, task: object, progress: float, doing: str
+        self, member: Membership, task: object, progress: float, doing: str, report: bool = False
     ) -> pb.HeartbeatReply:
         self.heard.append(doing)
         if self.failure:

@@ -155,6 +155,19 @@ def test_bytes_are_counted_by_kind(port: int, batch: Batch, hidden: torch.Tensor
     assert costs.server_seconds > 0
 
 
+def test_the_device_s_time_is_told_of_either_half_of_a_step(
+    port: int, batch: Batch, hidden: torch.Tensor
+) -> None:
+    meter, sequences = Meter(), batch.sequences(hidden)
+    positions = torch.arange(3)
+    with remote(port, meter=meter) as llm:
+        meter.take()
+        found = llm.forward(sequences, positions)
+        assert meter.take().server_seconds > 0
+        llm.backward(found.activation, torch.ones_like(found.logits), sequences, positions)
+        assert meter.take().server_seconds > 0
+
+
 def test_a_restarted_service_fails_no_client(
     frozen: FrozenLLM, batch: Batch, hidden: torch.Tensor
 ) -> None:

@@ -36,11 +36,13 @@ from fednano.wire.coordinator_pb2_grpc import CoordinatorStub
 from fednano.wire.errors import RETRYABLE, SessionEnded
 from fednano.wire.headers import make_header
 from fednano.wire.interceptors import bearer
+from fednano.wire.low_rank import cut, drawn
 from fednano.wire.run_config import RunConfig
 from fednano.wire.tensor_pb2 import FP32, DType, Header
 
 HIDDEN = 8
 FINGERPRINT = "a-model"
+_OF = ("image", "text")
 SMALL = {"rank": 2, "scale": 2.0}
 
 
@@ -74,14 +76,45 @@ def step(base: Tensors, client: str, number: int) -> tuple[Tensors, Tensors]:
     return adapter, fisher
 
 
-def expected_result(config: RunConfig, clients: list[str], samples: int = 10) -> Tensors:
-    """The last adapter of an undisturbed run, computed without any coordinator."""
+def work(
+    config: RunConfig, base: Tensors, handed: Tensors, client: str, number: int, rank: int
+) -> tuple[Tensors, Tensors]:
+    """What a client of this rank sends for a round, by the strategy: with SCAFFOLD what was handed
+    out takes part in its training, and with FLoRA it starts from nothing."""
+    start = cut(base, rank)
+    if config.strategy.name == "flora":
+        start = {name: np.zeros_like(t) for name, t in drawn(_OF, rank, HIDDEN, [0]).items()}
+    adapter, fisher = step(start, client, number)
+    if config.strategy.name != "scaffold":
+        return adapter, fisher
+    pull = {name: handed.get(f"control.{name}", np.float32(0)) for name in adapter}
+    moved = {f"control.{name}": fisher[f"fisher.{name}"] - np.float32(0.5) for name in adapter}
+    return {name: tensor - pull[name] for name, tensor in adapter.items()}, moved
+
+
+def expected_rounds(
+    config: RunConfig, clients: list[str], samples: int = 10
+) -> Iterator[list[State]]:
+    """Of each round of an undisturbed run what the strategy that leads makes of its updates, and then
+    what each shadow does; computed without any coordinator."""
     shape = config.adapter
-    state = State(initial_adapter(shape.modalities, shape.rank, HIDDEN, config.seed))
+    first = State(initial_adapter(shape.modalities, shape.rank, HIDDEN, config.seed))
+    states = [first for _ in config.strategies]
     for number in range(1, config.rounds + 1):
-        steps = {client: step(state.adapter, client, number) for client in sorted(clients)}
-        updates = [Update(client, samples, *pair) for client, pair in steps.items()]
-        state = strategy_of(config.strategy).advance(state, updates)
+        base, handed = states[0].adapter, states[0].handed
+        ranks = {c: config.adapter.rank_of(index) for index, c in enumerate(sorted(clients))}
+        sent = {c: work(config, base, handed, c, number, rank) for c, rank in ranks.items()}
+        updates = [Update(client, samples, *pair) for client, pair in sent.items()]
+        states = [
+            strategy_of(strategy).advance(State(base, state.moments), updates)
+            for strategy, state in zip(config.strategies, states, strict=True)
+        ]
+        yield states
+
+
+def expected_result(config: RunConfig, clients: list[str], samples: int = 10) -> Tensors:
+    """The last adapter of an undisturbed run."""
+    *_, (state, *_) = expected_rounds(config, clients, samples)
     return state.adapter
 
 
@@ -103,8 +136,9 @@ class FakeClient:
     run: str = ""
     session: str = ""
     ca: Path | None = None  # speaks TLS where there is one
-    fisher: bool = True  # sends one along, as FedNano's strategies want it
+    fisher: bool = True  # sends what FedNano's strategies, or SCAFFOLD, want beside the adapter
     twin: int = 0  # port of another coordinator, to turn to when this one is gone
+    config: RunConfig = field(init=False)
     channel: grpc.Channel = field(init=False)
 
     def __post_init__(self) -> None:
@@ -140,6 +174,7 @@ class FakeClient:
         reply = self.call("Join", JoinRequest(**{**values, **changes}))
         if reply.HasField("member"):
             self.run, self.session = reply.member.run, reply.member.session
+            self.config = RunConfig.model_validate_json(reply.member.config_json)
         return reply
 
     def next_task(self, wait_ms: int = 0) -> NextTaskReply:
@@ -192,9 +227,11 @@ class FakeClient:
     def train(self, task: NextTaskReply, **changes: object) -> SubmitReply:
         """Does a train task."""
         wanted = task.train
-        base = self.adapter(digest=wanted.adapter)
-        adapter, fisher = step(base, self.id, wanted.round)
-        auxiliary = fisher if self.fisher else {}
+        base, handed = self.adapter(digest=wanted.adapter), {}
+        for digest in wanted.auxiliary:
+            handed |= self.adapter(digest=digest)
+        sent = work(self.config, base, handed, self.id, wanted.round, wanted.rank)
+        adapter, auxiliary = sent if self.fisher else (sent[0], {})
         place = wanted.round, wanted.attempt, wanted.adapter
         return self.submit(*place, adapter, auxiliary, **changes)
 

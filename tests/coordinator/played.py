@@ -118,17 +118,19 @@ class Federation:
             1.9,
         )
         sender = self.sender(name, number, round_.attempt)
-        return await self.store.updates.claim(sender, tensors, meta, spent)
+        return (await self.store.updates.claim(sender, tensors, meta, spent)).result
 
     async def evaluate(self, number: int) -> None:
         """Everybody scores; those who aren't asked are late, which is harmless."""
-        digest = (await self.store.round(self.name, number)).adapter_digest
+        round_ = await self.store.round(self.name, number)
+        digests = (round_.adapter_digest, *(shadow.adapter_digest for shadow in round_.shadows))
         stored = await self.store.round_store.get(self.name, number)
         assert stored is not None
         for name in stored.evaluators:
             role = self.members[name].role
-            metrics = self.scores(number) if role == "evaluator" else self.own_scores(number)
-            answer = EvaluationMeta(role, {digest: 360}, {digest: metrics})
+            scores = self.scores if role == "evaluator" else self.own_scores
+            metrics = {digest: scores(number) for digest in digests}
+            answer = EvaluationMeta(role, dict.fromkeys(digests, 360), metrics)
             sender = self.sender(name, number, stored.attempt)
             spent = Spent({"embeddings": 5_400_000}, {"other": 61_000}, 1.1, 0.8)
             await self.store.updates.claim_evaluation(sender, answer, spent)

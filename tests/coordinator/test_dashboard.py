@@ -102,6 +102,27 @@ async def test_values_change_without_a_reload_and_equal_rest(page: Page, site: S
     assert await page.evaluate("window.unloaded") is False
 
 
+async def test_the_ledger_unfolds_and_equals_rest(page: Page, site: Site) -> None:
+    federation = await site.federation(rounds=5)
+    await federation.play(3)
+    await show(page, site)
+    await page.get_by_text("What each client spent", exact=True).first.click()
+    rows = page.get_by_role("region", name="What each client spent").locator("tbody tr")
+    chosen = page.get_by_role("combobox", name="round")
+    await chosen.select_option("1")
+    items = (await site.http.get("/runs/trial/ledger?round=1")).json()["items"]
+    await expect(rows).to_have_count(len(items))
+    for row, one in zip(await rows.all(), items, strict=True):
+        cells = row.locator("th, td")
+        await expect(cells.nth(0)).to_have_text(one["client"])
+        await expect(cells.nth(3)).to_have_text(f"{one['client_seconds']:.1f} s")
+        kind, count = next(iter(one["sent_bytes"].items()))
+        await expect(row.locator(f"[title*='{kind} {count:,}']").first).to_be_visible()
+    await federation.play(1)
+    await expect(chosen.locator("option")).to_have_count(5, timeout=SLOW)
+    await expect(chosen).to_have_value("1")
+
+
 async def test_the_charts_tell_their_values(page: Page, site: Site) -> None:
     await (await site.federation()).play(4)
     await show(page, site)
@@ -115,6 +136,29 @@ async def test_the_charts_tell_their_values(page: Page, site: Site) -> None:
     first = (await site.http.get("/runs/trial/rounds/1")).json()["metrics"]["accuracy"]
     await expect(chart.locator(".tip b").first).to_have_text(f"{first:.3f}")
     assert (await plot.get_attribute("aria-label") or "").startswith("Accuracy per round")
+
+
+async def test_shadows_have_a_chart_that_says_what_they_are(page: Page, site: Site) -> None:
+    shadows = [{"name": "fedadam", "momentum": 0.5}, {"name": "product"}]
+    await (await site.federation(shadows=shadows)).play(3)
+    await (await site.federation("plain")).play(2)
+    await show(page, site)
+    chart = page.locator(".chart.shadows")
+    await expect(chart).to_contain_text("One-step counterfactuals")
+    await expect(chart).to_contain_text("independent runs decide results")
+    names = ["fedavg, leads", "fedadam (momentum 0.5), shadow", "product, shadow"]
+    await expect(chart.locator(".legend li")).to_have_text(names)
+    await chart.locator("svg").focus()
+    await page.keyboard.press("ArrowLeft")
+    told = (await site.http.get("/runs/trial/rounds/2")).json()
+    values = [f"{one['metrics']['accuracy']:.3f}" for one in (told, *told["shadows"])]
+    await expect(chart.locator(".tip b")).to_have_text(values)
+    await page.get_by_text("Configuration").click()
+    await expect(page.locator(".settings")).to_contain_text("shadows.1.nameproduct")
+    await page.goto("about:blank")
+    await show(page, site, "plain")
+    await expect(page.locator(".chart", has_text="Accuracy")).to_be_visible()
+    await expect(chart).to_be_hidden()
 
 
 async def test_failures_are_shown_with_their_reason(page: Page, site: Site) -> None:
@@ -235,3 +279,25 @@ CONTRAST = """() => {
     return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
   }));
 }"""
+
+
+async def test_who_came_late_and_how_many_updates_were_wanted_is_told(
+    page: Page, site: Site
+) -> None:
+    spares = {"cohort": 1, "spares": 1, "min_clients": 1}
+    federation = await site.federation(data={"source": "own"}, late_joiners=True, **spares)
+    await federation.play(1)
+    await federation.join("site-2")
+    await federation.submit("site-0", 1)
+    await federation.settle()
+    await show(page, site)
+    clients = page.get_by_role("region", name="Clients, as a table")
+    await expect(clients.get_by_role("rowheader", name="site-2")).to_have_text(
+        "site-2 since round 1", timeout=SLOW
+    )
+    await expect(clients.get_by_role("rowheader", name="site-0")).to_have_text("site-0")
+    rounds = page.get_by_role("region", name="Rounds, as a table")
+    first = rounds.get_by_role("row").filter(
+        has=page.get_by_role("rowheader", name="1", exact=True)
+    )
+    await expect(first.get_by_role("cell", name="1 of 1")).to_be_visible()

@@ -10,6 +10,7 @@ from prometheus_client import generate_latest
 
 from tests.coordinator.conftest import ADMIN, Running
 from tests.coordinator.federation import (
+    SMALL,
     Crowd,
     FakeClient,
     config_of,
@@ -77,12 +78,25 @@ async def test_the_metrics_count_what_happened(coordinator: Running) -> None:
     assert "fednano_redis_memory_limit_bytes 0.0" in text
 
 
-@pytest.mark.parametrize("name", ["fedadam", "multi-krum", "product", "ffa"])
-async def test_rounds_of_a_strategy_follow_from_each_other(coordinator: Running, name: str) -> None:
-    clients = [FakeClient(coordinator.port, ADMIN, f"c{n}", fisher=False) for n in range(5)]
-    config = config_of(strategy={"name": name}, rounds=3, clients=5, min_clients=5)
+UNEQUAL = {"rank": 4, "ranks": [1, 4, 2]}
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter"),
+    [
+        *((name, SMALL) for name in ("fedadam", "multi-krum", "product", "ffa", "scaffold")),
+        ("product", UNEQUAL),
+        ("flora", UNEQUAL),
+    ],
+)
+async def test_rounds_of_a_strategy_follow_from_each_other(
+    coordinator: Running, name: str, adapter: dict[str, object]
+) -> None:
+    sends = name == "scaffold"
+    clients = [FakeClient(coordinator.port, ADMIN, f"c{n}", fisher=sends) for n in range(5)]
+    config = config_of(strategy={"name": name}, adapter=adapter, rounds=3, clients=5, min_clients=5)
     await coordinator.store.create_run(config, "test")
     with Crowd(clients) as crowd:
         await asyncio.to_thread(crowd.wait)
-    adapter = await coordinator.store.adapter_of_round("trial", 3)
-    assert same_bytes(adapter.tensors, expected_result(config, [c.id for c in clients]))
+    last = await coordinator.store.adapter_of_round("trial", 3)
+    assert same_bytes(last.tensors, expected_result(config, [c.id for c in clients]))

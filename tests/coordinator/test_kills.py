@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fednano.coordinator.records import RoundRecord, RunRecord
+from fednano.coordinator.records import LedgerTotals, RoundRecord, RunRecord
 from fednano.coordinator.store import Store
 from fednano.lab.redis_server import free_port
 from fednano.wire.run_config import RunConfig
@@ -50,7 +50,7 @@ async def create_run(url: str, config: RunConfig = CONFIG) -> None:
     await store.close()
 
 
-async def read_run(url: str) -> tuple[RunRecord, list[RoundRecord], dict[str, dict[str, int]]]:
+async def read_run(url: str) -> tuple[RunRecord, list[RoundRecord], LedgerTotals]:
     store = Store.connect(url)
     run, (rounds, _) = await store.run("trial"), await store.rounds("trial")
     totals = await store.ledger_totals("trial")
@@ -65,10 +65,10 @@ def check_result(redis: RedisServer, client: FakeClient, config: RunConfig = CON
     run, rounds, totals = asyncio.run(read_run(redis.url))
     assert (run.state, run.last_round) == ("finished", 2)
     assert [(r.attempt, r.state) for r in rounds] == [(1, "done")] * 3
-    assert totals["sent"] == {"adapters": 600}
+    assert totals.sent == {"adapters": 600}
 
 
-MERGED = "around the merge"  # where a server optimiser's moments are read and written, too
+MERGED = "around the merge"  # where moments and controls are read and written, too
 KILLS = {
     "while an update arrives": [("fednano.wire.codec:Payload.feed", "before", "1")] * 2,
     "after each acknowledged update": [SUBMIT] * 6,
@@ -91,7 +91,8 @@ KILLS = {
 
 
 @pytest.mark.parametrize(
-    ("instant", "strategy"), [*((i, "fednano-ef") for i in KILLS), (MERGED, "fedadam")]
+    ("instant", "strategy"),
+    [*((i, "fednano-ef") for i in KILLS), *((MERGED, other) for other in ("fedadam", "scaffold"))],
 )
 def test_a_killed_coordinator_is_restarted_and_the_run_ends_in_the_same_bytes(
     instant: str, strategy: str, redis_server: RedisServer, tmp_path: Path
@@ -100,7 +101,7 @@ def test_a_killed_coordinator_is_restarted_and_the_run_ends_in_the_same_bytes(
     port = free_port()
     asyncio.run(create_run(redis_server.url, config))
     settings = settings_for(redis_server, port)
-    fisher = strategy == "fednano-ef"
+    fisher = strategy != "fedadam"
     clients = [FakeClient(port, ADMIN, name, fisher=fisher) for name in CLIENTS]
     with Crowd([evaluator(port, ADMIN), *clients]) as crowd:
         for kill in KILLS[instant]:

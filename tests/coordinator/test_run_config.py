@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 DIGITS = "at most 134 for data.source digits (1077 training images, at least 8 each), got 135"
 PARTITION = (
-    "data.partition: expected iid or dirichlet:ALPHA with ALPHA above 0, at most 1000000, got"
+    "data.partition: expected iid, dirichlet:ALPHA or quantity:ALPHA with ALPHA above 0, at most"
+    " 1000000, or feature:STRENGTH with STRENGTH from 0 to 1, got"
 )
 
 
@@ -34,7 +35,19 @@ def test_no_number_is_infinite() -> None:
 
 
 @pytest.mark.parametrize(
-    "partition", ["dirichlet:0", "dirichlet:0.0", "dirichlet:", "dirichlet:1e9", "iid\n", "by-hand"]
+    "partition",
+    [
+        "dirichlet:0",
+        "dirichlet:0.0",
+        "dirichlet:",
+        "dirichlet:1e9",
+        "iid\n",
+        "by-hand",
+        "quantity:0",
+        "quantity",
+        "feature:1.01",
+        "feature",
+    ],
 )
 def test_a_partition_that_deals_nothing_is_named(partition: str) -> None:
     assert f"{PARTITION} {partition!r}" in refusal(data={"partition": partition})
@@ -43,6 +56,8 @@ def test_a_partition_that_deals_nothing_is_named(partition: str) -> None:
 def test_the_built_in_task_has_images_for_so_many_clients() -> None:
     assert DIGITS in refusal(clients=135)
     assert RunConfig(name="trial", clients=134).clients == 134
+    scenes = "at most 125 for data.source scenes (1000 training images, at least 8 each), got 126"
+    assert scenes in refusal(clients=126, data={"source": "scenes"})
     own = RunConfig.model_validate({"name": "trial", "clients": 135, "data": {"source": "own"}})
     assert own.clients == 135
 
@@ -151,3 +166,51 @@ def test_krum_takes_as_many_clients_as_its_matrix_may_be_large() -> None:
     with pytest.raises(ValidationError, match=r"at most 2000 in a round for strategy\.name krum"):
         RunConfig.model_validate({**body, "strategy": {"name": "krum"}})
     RunConfig.model_validate({**body, "cohort": 50, "strategy": {"name": "krum"}})
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (
+            {"adapter": {"ranks": [4, 16]}},
+            "adapter.ranks: expected nothing for fednano-ef, which merges A and B element by"
+            " element; product and flora merge what adapters of different ranks do",
+        ),
+        (
+            {"strategy": {"name": "product"}, "adapter": {"rank": 8, "ranks": [4, 16]}},
+            "adapter.ranks: expected at most adapter.rank (8), got 16",
+        ),
+        (
+            {"strategy": {"name": "product"}, "adapter": {"ranks": [4, 0]}},
+            "adapter.ranks.1",
+        ),
+        (
+            {"strategy": {"name": "flora", "max_rank": 8}},
+            "strategy.max_rank: expected 0, or adapter.rank (16) at least, got 8",
+        ),
+        (
+            {"strategy": {"name": "flora"}, "training": {"wire": "factored"}},
+            "training.wire: expected dense for flora, got factored, which saves nothing",
+        ),
+        (
+            {"strategy": {"name": "flora"}, "shadows": [{"name": "fedavg"}]},
+            "shadows.0: expected none where flora leads, whose clients send what they add",
+        ),
+        (
+            {"strategy": {"name": "product"}, "adapter": {"ranks": [4]}, "shadows": [{}]},
+            "adapter.ranks: expected nothing for fednano-ef",
+        ),
+        ({"strategy": {"name": "scaffold", "mu": 0.1}}, "as it is a setting of fedprox alone"),
+    ],
+)
+def test_what_does_not_go_with_ranks_or_controls_is_refused_with_the_reason(
+    values: dict[str, Any], reason: str
+) -> None:
+    assert reason in refusal(**values)
+
+
+def test_ranks_are_dealt_out_in_turn() -> None:
+    body = {"name": "t", "strategy": {"name": "product"}, "adapter": {"rank": 8, "ranks": [2, 8]}}
+    adapter = RunConfig.model_validate(body).adapter
+    assert [adapter.rank_of(member) for member in range(5)] == [2, 8, 2, 8, 2]
+    assert RunConfig(name="t").adapter.rank_of(3) == 16

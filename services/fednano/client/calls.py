@@ -71,17 +71,25 @@ class Calls:
     def calling(self, rpc: str, header: Header) -> Iterator[dict[str, Any]]:
         """Around one try: the options of the stub's method."""
         with calling(f"{_SERVICE}/{rpc}", header, self.caller.token()) as metadata:
+            self.meter.call(_SERVICE, metadata)
             yield {"metadata": metadata, "timeout": self.call_seconds}
+
+    def sent(self, message: Any) -> None:
+        """Counts a message that holds no tensor's bytes."""
+        self.meter.message("sent", "control", message.ByteSize())
+
+    def received(self, message: Any) -> None:
+        self.meter.message("received", "control", message.ByteSize())
 
     def stream(
         self, rpc: str, request: Callable[..., Any], head: Any, body: Iterable[codec.Buffer]
     ) -> Iterator[Any]:
         """The messages of a request: its head, then the bytes that it announces."""
         first = request(head=head)
-        self.meter.add("sent", "control", first.ByteSize())
+        self.sent(first)
         yield first
         for chunk in codec.chunked(body):
-            self.meter.add("sent", _CHUNK_KINDS[rpc][0], len(chunk))
+            self.meter.chunk("sent", _CHUNK_KINDS[rpc][0], len(chunk))
             yield request(chunk=chunk)
 
     def collect(
@@ -91,11 +99,11 @@ class Calls:
         first = next(replies, None)
         if first is None:
             raise Unavailable(f"{rpc} ended without a reply")
-        self.meter.add("received", "control", first.ByteSize())
+        self.received(first)
         announced = specs(first)
         payload = codec.Payload(announced, _REPLY_LIMIT)
         for reply in replies:
-            self.meter.add("received", _CHUNK_KINDS[rpc][1], len(reply.chunk))
+            self.meter.chunk("received", _CHUNK_KINDS[rpc][1], len(reply.chunk))
             payload.feed(reply.chunk)
         buffers = payload.buffers()
         return first, [

@@ -134,7 +134,7 @@ def check_command(
 
 
 class Meanwhile(logging.Handler):
-    """What is logged while something is checked, as lines like those of the findings, on standard
+    """What is logged while a command works, as lines like those of a check's findings, on standard
     error: a service that is asked again is one."""
 
     def __init__(self) -> None:
@@ -226,9 +226,10 @@ def ask_command(
     asked = Question(question, tuple(image or ()))
     sampling = Sampling(max_new_tokens, temperature, seed=seed)
     pieces = answer(settings, asked, Which(adapters_of, round_number), sampling)
-    if as_json:
-        typer.echo(json.dumps({"question": question, "answer": "".join(pieces)}))
-        return
-    for piece in pieces:
-        typer.echo(piece, nl=False)
-    typer.echo()
+    with Meanwhile():
+        if as_json:
+            typer.echo(json.dumps({"question": question, "answer": "".join(pieces)}))
+            return
+        for piece in pieces:
+            typer.echo(piece, nl=False)
+        typer.echo()

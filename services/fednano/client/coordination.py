@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from fednano.wire import codec
 from fednano.wire import coordinator_pb2 as pb
 from fednano.wire.channels import ClientTls, calling, make_channel
 from fednano.wire.coordinator_pb2_grpc import CoordinatorStub
+from fednano.wire.errors import FedNanoError
 from fednano.wire.headers import make_header
 from fednano.wire.run_config import RunConfig
 from fednano.wire.tensor_pb2 import Header
@@ -28,6 +30,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 _SERVICE = f"/{pb.DESCRIPTOR.services_by_name['Coordinator'].full_name}"
 _ADAPTER_LIMIT = 1 << 34
+_REPORT_SECONDS = 30.0
+"""How often a heartbeat tells what was spent: a client that is killed takes no more to its grave."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,9 @@ class CoordinatorClient:
         self.meter = meter if meter is not None else Meter()
         self._token = token
         self._retry_seconds = retry_seconds
+        self._reported_at = time.monotonic()
+        self._unheard: tuple[str, pb.Costs] | None = None  # costs of a request that got no answer
+        self._beating = threading.Lock()
         self._channel = make_channel(target, tls)
         self._stub = CoordinatorStub(self._channel)
 
@@ -113,40 +120,59 @@ class CoordinatorClient:
         return reply
 
     def heartbeat(
-        self, member: Membership, task: object, progress: float, doing: str
+        self,
+        member: Membership,
+        task: object,
+        progress: float,
+        doing: str,
+        report: bool = False,
     ) -> pb.HeartbeatReply:
-        """Tried once: the next one is due soon anyway."""
+        """Tried once: the next one is due soon anyway. Now and then, and where `report` says so, it
+        also tells what was spent."""
         request = pb.HeartbeatRequest(
             header=self.header(member, task), progress=progress, doing=doing
         )
-        reply: pb.HeartbeatReply = self._once("Heartbeat", request, 10)
+        with self._beating:
+            if report or time.monotonic() - self._reported_at > _REPORT_SECONDS:
+                self._unheard = self._unheard or (request.header.request, self.meter.take())
+            if self._unheard is not None:
+                # The same costs under the same name, until they are heard: they count once.
+                request.header.request, costs = self._unheard
+                request.costs.CopyFrom(costs)
+            reply: pb.HeartbeatReply = self._once("Heartbeat", request, 10)
+            if self._unheard is not None:
+                self._unheard, self._reported_at = None, time.monotonic()
         member.renew(reply.llm_token)
         return reply
+
+    def forget_costs(self) -> None:
+        """What a run was not told of any more, so that the next one doesn't pay for it."""
+        with self._beating:
+            self._unheard = None
+            self.meter.take()
 
     def adapter(self, request: pb.GetAdapterRequest) -> Adapter:
         """By digest, round, best or last."""
 
         def call() -> Adapter:
             with self._calling("GetAdapter", request.header, 60) as options:
+                self.meter.message("sent", "control", request.ByteSize())
                 replies = self._stub.GetAdapter(request, **options)
-                head = next(replies).head
+                first = next(replies)
+                self.meter.message("received", "control", first.ByteSize())
+                head = first.head
                 payload = codec.Payload(head.tensors, _ADAPTER_LIMIT)
                 for reply in replies:
+                    self.meter.chunk("received", "adapters", len(reply.chunk))
                     payload.feed(reply.chunk)
-            self.meter.add("received", "adapters", sum(map(codec.spec_size, head.tensors)))
-            self.meter.add("received", "control", head.ByteSize())
             arrays = {n: a.astype("<f4", copy=False) for n, a in payload.arrays().items()}
             return Adapter(arrays, head.scale, head.digest, head.round)
 
         return self._retried(request.header, call)
 
-    def submit(
-        self, head: pb.SubmitHead, tensors: Tensors, auxiliary: Tensors, seconds: float
-    ) -> pb.SubmitReply:
-        """Fills in `head`'s tensors, digest and costs, and sends everything.
-
-        `seconds` is the client's own work; the bytes of the submission itself are counted.
-        """
+    def submit(self, head: pb.SubmitHead, tensors: Tensors, auxiliary: Tensors) -> pb.SubmitReply:
+        """Fills in `head`'s tensors, digest and costs, and sends everything; its own bytes are among
+        the costs."""
         arrays = [tensors[name] for name in sorted(tensors)]
         arrays += [auxiliary[name] for name in sorted(auxiliary)]
         head.tensors.extend(codec.spec_of(name, tensors[name]) for name in sorted(tensors))
@@ -156,34 +182,50 @@ class CoordinatorClient:
         for buffer in buffers:
             digest.update(buffer)
         head.digest = digest.hexdigest()
-        self.meter.add("sent", "adapters", sum(map(len, buffers)))
-        self.meter.add("sent", "control", head.ByteSize())
-        head.costs.CopyFrom(self.meter.take(seconds))
+        ahead = {"adapters": sum(map(len, buffers)), "control": head.ByteSize()}
+        head.costs.CopyFrom(self.meter.take(ahead))
 
         def requests() -> Iterator[pb.SubmitRequest]:
-            yield pb.SubmitRequest(head=head)
+            first = pb.SubmitRequest(head=head)
+            self.meter.message("sent", "control", first.ByteSize())
+            yield first
             for chunk in codec.chunked(buffers):
+                self.meter.chunk("sent", "adapters", len(chunk))
                 yield pb.SubmitRequest(chunk=chunk)
 
         def call() -> pb.SubmitReply:
             with self._calling("Submit", head.header, 120) as options:
                 reply: pb.SubmitReply = self._stub.Submit(requests(), **options)
+            self.meter.message("received", "control", reply.ByteSize())
             return reply
 
-        return self._retried(head.header, call)
+        with self._reported(head.costs):
+            return self._retried(head.header, call)
 
     def submit_evaluation(self, request: pb.SubmitEvaluationRequest) -> pb.SubmitReply:
-        reply: pb.SubmitReply = self._call("SubmitEvaluation", request)
+        """Fills in `request`'s costs."""
+        request.costs.CopyFrom(self.meter.take())
+        with self._reported(request.costs):
+            reply: pb.SubmitReply = self._call("SubmitEvaluation", request)
         return reply
+
+    @contextmanager
+    def _reported(self, costs: pb.Costs) -> Iterator[None]:
+        """Around what carries costs; they are kept for the next report where it is not heard."""
+        try:
+            yield
+        except FedNanoError:
+            self.meter.put_back(costs)
+            raise
 
     def _call(self, rpc: str, request: Any, timeout: float = 30) -> Any:
         return self._retried(request.header, lambda: self._once(rpc, request, timeout))
 
     def _once(self, rpc: str, request: Any, timeout: float) -> Any:
-        self.meter.add("sent", "control", request.ByteSize())
+        self.meter.message("sent", "control", request.ByteSize())
         with self._calling(rpc, request.header, timeout) as options:
             reply = getattr(self._stub, rpc)(request, **options)
-        self.meter.add("received", "control", reply.ByteSize())
+        self.meter.message("received", "control", reply.ByteSize())
         return reply
 
     def _retried(self, header: Header, call: Callable[[], T]) -> T:
@@ -194,6 +236,7 @@ class CoordinatorClient:
     def _calling(self, rpc: str, header: Header, timeout: float) -> Iterator[dict[str, Any]]:
         """Around one try: the options of the stub's method."""
         with calling(f"{_SERVICE}/{rpc}", header, self._token) as metadata:
+            self.meter.call(_SERVICE, metadata)
             yield {"metadata": metadata, "timeout": timeout}
 
 

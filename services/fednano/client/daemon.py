@@ -24,6 +24,7 @@ from fednano.client.heartbeat import Heartbeat, TaskGivenUp
 from fednano.client.meter import Meter
 from fednano.client.remote import Caller, RemoteLanguageModel
 from fednano.client.replicas import Replicas
+from fednano.client.scaffold import Controls
 from fednano.client.settings import ClientSettings
 from fednano.client.trainer import Trainer
 from fednano.client.worker import Worker
@@ -70,6 +71,7 @@ class Client:
     replicas: Replicas
     meter: Meter
     _own_data: JsonlDataset | None
+    _controls: Controls
     _task: object = None
     _cache: FeatureCache | None = field(default=None, repr=False)
 
@@ -87,7 +89,8 @@ class Client:
             settings.retry_seconds,
         )
         data = JsonlDataset.read(settings.data) if settings.data else None
-        return cls(settings, coordinator, Replicas(settings.llm, tls), meter, data)
+        controls = Controls(settings.id, settings.cache_dir)
+        return cls(settings, coordinator, Replicas(settings.llm, tls), meter, data, controls)
 
     def close(self) -> None:
         self.replicas.close()
@@ -102,6 +105,7 @@ class Client:
                 member = self._join()
                 with bound_contextvars(run=member.run):
                     state = self._serve(member)
+                self.coordinator.forget_costs()
             except SessionEnded as error:
                 if time.monotonic() - fenced_at < _FENCED_TWICE_SECONDS:
                     log.error("another process runs under this client id")
@@ -162,6 +166,7 @@ class Client:
             heartbeat,
             self._own_data,
             self.settings.role == "evaluator",
+            self._controls,
         )
         with heartbeat:
             while True:
@@ -171,6 +176,7 @@ class Client:
                     case "finished":
                         state = reply.finished.run_state
                         log.info("run ended", extra={"state": state})
+                        self._controls.forget(member.run)
                         if factored is not None:
                             factored.forget()
                         return state

@@ -59,9 +59,9 @@ class Heartbeat:
         trace: TracebackType | None,
     ) -> None:
         self._over.set()
-        if error is None:  # the last word: nothing is being done any more
+        if error is None:  # the last word: nothing is done any more, what was spent
             with suppress(FedNanoError):
-                self._coordinator.heartbeat(self._member, None, 0.0, "waiting")
+                self._coordinator.heartbeat(self._member, None, 0.0, "waiting", report=True)
 
     @contextmanager
     def on(self, task: object, doing: str) -> Iterator[None]:

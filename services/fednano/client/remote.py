@@ -104,10 +104,10 @@ class RemoteLanguageModel:
         request = llm_pb2.DescribeRequest(header=self.calls.caller.header())
 
         def call(replica: Replica) -> llm_pb2.DescribeReply:
-            self.calls.meter.add("sent", "control", request.ByteSize())
+            self.calls.sent(request)
             with self.calls.calling("Describe", request.header) as options:
                 reply = replica.stub.Describe(request, **options)
-            self.calls.meter.add("received", "control", reply.ByteSize())
+            self.calls.received(reply)
             return reply
 
         return self.calls.retried(request.header, call)
@@ -119,7 +119,7 @@ class RemoteLanguageModel:
         )
 
         def call(replica: Replica) -> torch.Tensor:
-            self.calls.meter.add("sent", "control", request.ByteSize())
+            self.calls.sent(request)
             with self.calls.calling("Embed", request.header) as options:
                 replies = replica.stub.Embed(request, **options)
                 _, values = self.calls.collect("Embed", replies, lambda r: [r.values])
@@ -180,7 +180,7 @@ class RemoteLanguageModel:
             requests = self.calls.stream("Score", llm_pb2.ScoreRequest, head, sent.body)
             with self.calls.calling("Score", head.header) as options:
                 reply = replica.stub.Score(requests, **options)
-            self.calls.meter.add("received", "control", reply.ByteSize())
+            self.calls.received(reply)
             self.calls.spent(reply.spent)
             return reply
 
@@ -202,6 +202,7 @@ class RemoteLanguageModel:
             with self.calls.calling("Forward", head.header) as options:
                 replies = replica.stub.Forward(requests, **options)
                 first, values = self.calls.collect("Forward", replies, lambda r: [r.result.logits])
+            self.calls.spent(first.result.spent)
             if first.result.activation:
                 self._homes[first.result.activation] = replica.address
             return ForwardResult(first.result.activation, values[0])
@@ -253,7 +254,10 @@ class RemoteLanguageModel:
         requests = self.calls.stream("Backward", llm_pb2.BackwardRequest, head, body)
         with self.calls.calling("Backward", header) as options:
             replies = replica.stub.Backward(requests, **options)
-            _, values = self.calls.collect("Backward", replies, lambda r: [r.gradient.dense.values])
+            first, values = self.calls.collect(
+                "Backward", replies, lambda r: [r.gradient.dense.values]
+            )
+        self.calls.spent(first.spent)
         return values[0]
 
     def generate(
@@ -324,7 +328,7 @@ class RemoteLanguageModel:
             yield from replica.stub.Generate(requests, **options)
 
     def _tokens(self, reply: llm_pb2.GenerateReply) -> list[NewToken]:
-        self.calls.meter.add("received", "control", reply.ByteSize())
+        self.calls.received(reply)
         self.calls.spent(reply.spent)
         return [NewToken(t.sample, t.id, t.end) for t in reply.tokens]
 

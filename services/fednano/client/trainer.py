@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -17,7 +17,17 @@ from fednano.client.edge import EdgeHalf, NanoEdge
 from fednano.client.examples import Example
 from fednano.client.factored import FactoredLanguageModel
 from fednano.client.fisher import FisherEstimate
+from fednano.client.judging import (
+    Judgement,
+    Rank,
+    accuracies,
+    choices,
+    mean,
+    mean_losses,
+    measures,
+)
 from fednano.client.portions import TooLong
+from fednano.client.scaffold import Correction
 from fednano.client.wires import Crossed, DenseWire, FactoredWire, Wire
 from fednano.models.language_model import LanguageModel, Modality, Sampling, ScoreResult
 from fednano.wire.errors import InvalidRequest
@@ -39,16 +49,20 @@ class TrainResult:
     samples: int
     loss: float  # mean over the last epoch's samples, of the mean over labelled tokens
     seconds: float
+    gradient: Tensors = field(default_factory=dict)
+    """SCAFFOLD's new c_i: the mean of the batches' own gradients, by the adapter's tensors."""
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """`accuracy` is exact match of greedily generated answers."""
+    """`accuracy` is that of the answers written, word for word; of choices if there are only those."""
 
     accuracy: float
     loss: float  # mean over samples of the mean over labelled tokens, teacher-forced
     samples: int
     by_kind: dict[str, float]  # accuracy of each kind of question
+    measures: dict[str, float]
+    """What else was measured, by name: `f1`, `retrieval.recall1` ... (judging.py)."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +83,24 @@ class Learning:
     trained: list[torch.nn.Parameter]
     origin: list[torch.Tensor]  # of each, as the round began; empty without a proximal term
     mu: float
+    correction: Correction | None  # SCAFFOLD's
     max_grad_norm: float
 
     @classmethod
-    def begin(cls, adapters: NanoAdapters, settings: TrainingConfig, mu: float) -> Learning:
+    def begin(
+        cls,
+        adapters: NanoAdapters,
+        settings: TrainingConfig,
+        mu: float = 0.0,
+        correction: Tensors | None = None,
+    ) -> Learning:
         trained = [parameter for parameter in adapters.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
             trained, settings.learning_rate, weight_decay=settings.weight_decay
         )
         origin = [parameter.detach().clone() for parameter in trained] if mu else []
-        return cls(optimizer, trained, origin, mu, settings.max_grad_norm)
+        corrected = Correction(adapters, correction) if correction is not None else None
+        return cls(optimizer, trained, origin, mu, corrected, settings.max_grad_norm)
 
     def step(self, crossed: Crossed) -> None:
         """From the cut into the adapters, and a step of the optimiser."""
@@ -87,6 +109,8 @@ class Learning:
         for parameter, origin in zip(self.trained, self.origin, strict=False):
             if parameter.grad is not None:  # else it never left its origin
                 parameter.grad += self.mu * (parameter.detach() - origin)
+        if self.correction is not None:
+            self.correction.apply()
         if self.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.trained, self.max_grad_norm)
         self.optimizer.step()
@@ -109,15 +133,17 @@ class Trainer:
         fisher: FisherMode = "none",
         progress: Progress = lambda share: None,
         mu: float = 0.0,
+        correction: Tensors | None = None,
     ) -> TrainResult:
         """Local epochs of AdamW from `adapters`, which are changed in place, but for what of them is
         frozen.
 
         The optimiser's state is fresh in every round. With `mu` the loss has FedProx's term
-        mu / 2 |theta - theta_0|^2, theta_0 what the round began with.
+        mu / 2 |theta - theta_0|^2, theta_0 what the round began with. With `correction`, which is
+        c - c_i, its gradients are SCAFFOLD's; a tensor that it lacks is 0.
         """
         start = time.perf_counter()
-        learning = Learning.begin(adapters, settings, mu)
+        learning = Learning.begin(adapters, settings, mu, correction)
         nano, estimate = NanoEdge(adapters), FisherEstimate(adapters)
         wire = self._wire(settings.loss)
         passes = settings.epochs + (fisher == "extra-pass")
@@ -131,13 +157,14 @@ class Trainer:
                 if ready.number < settings.epochs:
                     learning.step(crossed)
                 if ready.number == settings.epochs - 1:
-                    losses += (crossed.loss_sums / crossed.token_counts).tolist()
+                    losses += mean_losses(crossed)
         return TrainResult(
             adapter=adapters.to_tensors(),
             fisher=estimate.mean() if fisher != "none" else {},
             samples=len(losses),
-            loss=_mean(losses),
+            loss=mean(losses),
             seconds=time.perf_counter() - start,
+            gradient=learning.correction.mean() if learning.correction else {},
         )
 
     def _passes(self, epochs: Epochs, settings: TrainingConfig, passes: int) -> Iterator[Ready]:
@@ -152,7 +179,7 @@ class Trainer:
     def _ready(self, examples: Sequence[Example], size: int) -> Iterator[Ready]:
         for start in range(0, len(examples), size):
             chosen = list(examples[start : start + size])  # opens their images
-            batch = Batch.of([self.edge.prepare(example) for example in chosen])
+            batch = self._wire().ready([self.edge.prepare(example) for example in chosen])
             yield Ready(chosen, batch, start / len(examples))
 
     def _wire(self, loss: str = "server") -> Wire:
@@ -173,7 +200,8 @@ class Trainer:
         writes that answer, token by token; so only the other answers, and those that are too long,
         have to be generated.
         """
-        hits: list[tuple[str, bool]] = []
+        judged: list[Judgement] = []
+        ranked: list[Rank] = []
         losses: list[float] = []
         nano = NanoEdge(adapters)
         with one_ahead(self._ready(examples, batch_size)) as batches:
@@ -181,31 +209,46 @@ class Trainer:
                 progress(ready.share)
                 with _named(ready.examples):
                     score = self._wire().score(nano, ready.batch)
-                losses += (score.loss_sums / score.token_counts).tolist()
-                hits += self._hits(adapters, ready.examples, score, max_new_tokens)
-        kinds = sorted({kind for kind, _ in hits if kind})
-        return EvaluationResult(
-            accuracy=_mean([hit for _, hit in hits]),
-            loss=_mean(losses),
-            samples=len(hits),
-            by_kind={k: _mean([hit for kind, hit in hits if kind == k]) for k in kinds},
-        )
+                losses += mean_losses(score)
+                judged += self._judged(adapters, ready.examples, score, max_new_tokens)
+                ranked += self._ranks(nano, ready, batch_size, progress)
+        accuracy, by_kind = accuracies(judged, ranked)
+        measured = measures(judged, ranked)
+        return EvaluationResult(accuracy, mean(losses), len(losses), by_kind, measured)
 
-    def _hits(
+    def _judged(
         self,
         adapters: NanoAdapters,
         examples: Sequence[Example],
         score: ScoreResult,
         max_new_tokens: int,
-    ) -> Iterator[tuple[str, bool]]:
-        """Kind of question and whether the answer is right: of the sure ones, then of the others."""
+    ) -> Iterator[Judgement]:
+        """Of the sure answers, then of the others; what is to be chosen is not written."""
         written = score.token_counts <= max_new_tokens
         sure = ((score.correct_counts == score.token_counts) & written).tolist()
-        yield from ((e.kind, True) for e, is_sure in zip(examples, sure, strict=True) if is_sure)
-        unsure = [example for example, is_sure in zip(examples, sure, strict=True) if not is_sure]
+        asked = [
+            (e, is_sure) for e, is_sure in zip(examples, sure, strict=True) if not e.candidates
+        ]
+        yield from (Judgement.of(example, example.answer) for example, is_sure in asked if is_sure)
+        unsure = [example for example, is_sure in asked if not is_sure]
         answers = self.answers(adapters, unsure, Sampling(max_new_tokens)) if unsure else []
-        for example, answer in zip(unsure, answers, strict=True):
-            yield example.kind, _same(answer, example.answer)
+        yield from map(Judgement.of, unsure, answers)
+
+    def _ranks(
+        self, nano: NanoEdge, part: Ready, batch_size: int, progress: Progress
+    ) -> Iterator[Rank]:
+        """Of the right one among each example's candidates, by what the LLM scores them."""
+        offering = [example for example in part.examples if example.candidates]
+        texts = [text for example in offering for text in choices(example)]
+        losses: list[float] = []
+        with one_ahead(self._ready(texts, batch_size)) as batches:
+            for ready in batches:
+                progress(part.share)
+                with _named(ready.examples):
+                    losses += mean_losses(self._wire().score(nano, ready.batch))
+        for example in offering:
+            own, losses = losses[: len(example.candidates)], losses[len(example.candidates) :]
+            yield Rank.of(example, own)
 
     def answers(
         self, adapters: NanoAdapters, examples: Sequence[Example], sampling: Sampling
@@ -244,11 +287,3 @@ def _named(examples: Sequence[Example]) -> Iterator[None]:
         field = f"example {examples[error.place].id!r}"
         (problem,) = error.problems
         raise InvalidRequest.of(field, problem.expected, problem.got) from error
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _same(answer: str, wanted: str) -> bool:
-    return answer.strip().casefold() == wanted.strip().casefold()

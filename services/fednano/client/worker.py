@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import logging
-import time
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fednano.client.adapters import NanoAdapters
+from fednano.client.adapters import NanoAdapters, Tensors
 from fednano.client.coordination import Adapter, CoordinatorClient, Membership
-from fednano.client.datasets import Dataset, DigitsShard, JsonlDataset, digits_test
+from fednano.client.datasets import Dataset, JsonlDataset, Shard, global_test_set
 from fednano.client.examples import Example
-from fednano.client.heartbeat import Heartbeat
-from fednano.client.trainer import EvaluationResult, FisherMode, Trainer, TrainResult
+from fednano.client.heartbeat import Heartbeat, TaskGivenUp
+from fednano.client.methods import LocalRound
+from fednano.client.scaffold import Controls
+from fednano.client.trainer import EvaluationResult, Trainer, TrainResult
 from fednano.wire import coordinator_pb2 as pb
-from fednano.wire.errors import InvalidRequest
+from fednano.wire.errors import InvalidRequest, NotFound
 from fednano.wire.run_config import TrainingConfig
 
 log = logging.getLogger(__name__)
-
-_FISHER: dict[str, FisherMode] = {"fednano": "extra-pass", "fednano-ef": "last-epoch"}
 
 
 @dataclass
@@ -32,6 +32,7 @@ class Worker:
     heartbeat: Heartbeat
     own_data: JsonlDataset | None = None
     evaluator: bool = False
+    controls: Controls = field(default_factory=Controls)
     _adapters: dict[str, Adapter] = field(default_factory=dict)
     _dataset: tuple[tuple[int, int], Dataset] | None = None
 
@@ -47,22 +48,34 @@ class Worker:
                 samples=result.samples,
                 metrics={"train_loss": result.loss},
             )
-            reply = self.coordinator.submit(head, result.adapter, result.fisher, result.seconds)
+            moved = self.controls.moved(self.member.run, task.round, result.gradient)
+            reply = self.coordinator.submit(head, result.adapter, result.fisher | moved)
+        if reply.result in (pb.SubmitReply.ACCEPTED, pb.SubmitReply.DUPLICATE):
+            self.controls.keep(self.member.run, task.round, result.gradient)
         _log_reply("update", reply, loss=round(result.loss, 4))
 
     def _trained(self, task: pb.TrainTask, base: Adapter, data: Dataset) -> TrainResult:
-        config = self.member.config
-        adapters = NanoAdapters.from_tensors(base.tensors, base.scale)
-        if config.strategy.name == "ffa":
-            adapters.freeze_down()
-        return self.trainer.train(
-            adapters,
-            lambda epoch: data.epoch(config.seed, task.round, epoch, self._stable_name(task)),
-            TrainingConfig.model_validate_json(task.hyper_json),
-            _FISHER.get(config.strategy.name, "none"),
-            self.heartbeat.progress,
-            config.strategy.mu or 0.0,
+        local = LocalRound(
+            config=self.member.config,
+            number=task.round,
+            name=self._stable_name(task),
+            rank=task.rank or self.member.config.adapter.rank,
+            base=base.tensors,
+            training=TrainingConfig.model_validate_json(task.hyper_json),
+            handed=self._handed(task),
+            control=self.controls.of(self.member.run, task.round),
         )
+        return local.train(self.trainer, data, self.heartbeat.progress)
+
+    def _handed(self, task: pb.TrainTask) -> Tensors:
+        """SCAFFOLD's c. Raises TaskGivenUp where it has moved on, and with it the round."""
+        handed: Tensors = {}
+        for digest in task.auxiliary:
+            try:
+                handed |= self._fetched(digest).tensors
+            except NotFound as error:
+                raise TaskGivenUp(str(error)) from error
+        return handed
 
     def _stable_name(self, task: pb.TrainTask) -> str:
         """What the order of the data hangs on: the shard, so that who leases it doesn't matter."""
@@ -70,23 +83,38 @@ class Worker:
 
     def evaluate(self, task: pb.EvaluateTask) -> None:
         """Exact match and loss of each adapter, then SubmitEvaluation. Raises TaskGivenUp."""
-        start = time.perf_counter()
         with self.heartbeat.on(task, f"evaluating, round {task.round}"):
             examples = self._evaluation_examples(task)
-            found = {digest: self._evaluated(digest, examples) for digest in task.adapters}
+            leader, *shadows = task.adapters
+            found = {leader: self._evaluated(self._adapter(leader), examples)}
+            found |= self._evaluated_beside(shadows, examples)
             request = pb.SubmitEvaluationRequest(
                 header=self.coordinator.header(self.member, task),
                 evaluations=[_evaluation(digest, result) for digest, result in found.items()],
-                costs=self.coordinator.meter.take(time.perf_counter() - start),
             )
             reply = self.coordinator.submit_evaluation(request)
         for result in found.values():
             _log_reply("evaluation", reply, accuracy=round(result.accuracy, 4))
 
-    def _evaluated(self, digest: str, examples: Sequence[Example]) -> EvaluationResult:
-        base = self._adapter(digest)
+    def _evaluated_beside(
+        self, shadows: Sequence[str], examples: Sequence[Example]
+    ) -> dict[str, EvaluationResult]:
+        """Of what shadows made, so much as can be evaluated: the round's own result must not be lost
+        because one of them is gone already, or has left what the LLM can take."""
+        found = {}
+        for digest in shadows:
+            try:
+                result = self._evaluated(self._fetched(digest), examples)
+                if not math.isfinite(result.loss):
+                    raise InvalidRequest.of("loss", "a finite number", result.loss)
+                found[digest] = result
+            except (InvalidRequest, NotFound) as error:
+                log.warning("a shadow can't be evaluated", extra={"reason": str(error)})
+        return found
+
+    def _evaluated(self, adapter: Adapter, examples: Sequence[Example]) -> EvaluationResult:
         return self.trainer.evaluate(
-            NanoAdapters.from_tensors(base.tensors, base.scale),
+            NanoAdapters.from_tensors(adapter.tensors, adapter.scale),
             examples,
             self.member.config.evaluation.max_new_tokens,
             progress=self.heartbeat.progress,
@@ -95,23 +123,26 @@ class Worker:
     def _adapter(self, digest: str) -> Adapter:
         """From the coordinator, or the one that was fetched last."""
         if digest not in self._adapters:
-            request = pb.GetAdapterRequest(
-                header=self.coordinator.header(self.member), run=self.member.run, digest=digest
-            )
-            self._adapters = {digest: self.coordinator.adapter(request)}
+            self._adapters = {digest: self._fetched(digest)}
         return self._adapters[digest]
+
+    def _fetched(self, digest: str) -> Adapter:
+        request = pb.GetAdapterRequest(
+            header=self.coordinator.header(self.member), run=self.member.run, digest=digest
+        )
+        return self.coordinator.adapter(request)
 
     def _data(self, shard: int, of: int) -> Dataset:
         """The run's shard, or the site's own data. Raises InvalidRequest where there is none."""
         config = self.member.config
-        if config.data.source == "own":
+        if not config.data.dealt:
             if self.own_data is None:
                 raise InvalidRequest(
                     f"run {self.member.run} trains on the clients' own data: give --data FILE"
                 )
             return self.own_data
         if self._dataset is None or self._dataset[0] != (shard, of):
-            dealt = DigitsShard.deal(config.data, config.seed, shard, of)
+            dealt = Shard.deal(config.data, config.seed, shard, of)
             self._dataset = (shard, of), dealt
         return self._dataset[1]
 
@@ -119,8 +150,8 @@ class Worker:
         config = self.member.config
         if not self.evaluator:
             return self._data(task.shard, task.of).held_back()
-        if config.data.source == "digits":
-            return digits_test(config.data.evaluation_limit)
+        if config.data.dealt:
+            return global_test_set(config.data)
         if self.own_data is None:
             raise InvalidRequest("the evaluator of a run on own data needs --data FILE")
         return self.own_data.everything()[: config.data.evaluation_limit or None]
@@ -135,4 +166,5 @@ def _log_reply(what: str, reply: pb.SubmitReply, **more: float) -> None:
 def _evaluation(digest: str, result: EvaluationResult) -> pb.Evaluation:
     metrics = {"accuracy": result.accuracy, "loss": result.loss}
     metrics |= {f"accuracy.{kind}": value for kind, value in result.by_kind.items()}
+    metrics |= result.measures
     return pb.Evaluation(adapter=digest, samples=result.samples, metrics=metrics)

@@ -1,7 +1,8 @@
 """Joining: which run wants a client, and on which seat.
 
 A run has as many seats as it has members. Whoever has one may come back to it under a new session;
-a newcomer gets a free one while enrolment is open, later one whose holder was lost, or waits.
+a newcomer gets a free one while enrolment is open, later one whose holder was lost, or waits. With
+`late_joiners` a run that has begun has a seat for everybody, and none changes its holder.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from fednano.wire.errors import (
     Problem,
     WrongModel,
 )
+from fednano.wire.participation import MOST_CLIENTS
 from fednano.wire.sessions import Identity
 
 _TRIES = 50
@@ -110,7 +112,7 @@ class Enrolment:
             await self._check_owner(known.id, known.token_id, known.token_name, applicant.token)
         model = self._with_model(run, applicant)
         if known is not None and (known.role == "evaluator" or known.id in run.members):
-            return await self._admit(run, model, applicant, known.shard, joined=known.joined_at)
+            return await self._admit(run, model, applicant, known.shard, known=known)
         if run.state.ended:
             raise Conflict(f"run {run.name!r} is {run.state}")
         if applicant.role == "evaluator":
@@ -118,7 +120,18 @@ class Enrolment:
         if run.state is RunState.ENROLLING and len(run.members) < run.config.clients:
             members = tuple(sorted({*run.members, applicant.client}))
             return await self._admit(run, replace(model, members=members), applicant, None)
+        if run.config.late_joiners and run.started_at is not None:
+            return await self._add(run, model, applicant)
         return await self._take_over(run, model, applicant)
+
+    async def _add(self, run: StoredRun, model: StoredRun, applicant: Applicant) -> Admission | str:
+        """A member more, with the index after those there were: it takes part from the next cohort
+        on."""
+        if len(run.members) >= MOST_CLIENTS:
+            return f"run {run.name!r} has {MOST_CLIENTS} clients, and room for no more"
+        index = len(run.members)
+        after = replace(model, members=tuple(sorted({*run.members, applicant.client})))
+        return await self._admit(run, after, applicant, index)
 
     async def _take_over(
         self, run: StoredRun, model: StoredRun, applicant: Applicant
@@ -144,7 +157,7 @@ class Enrolment:
         after: StoredRun,
         applicant: Applicant,
         shard: int | None,
-        joined: float | None = None,
+        known: StoredClient | None = None,
         replaced: StoredClient | None = None,
     ) -> Admission:
         now = self._store.database.clock()
@@ -157,7 +170,8 @@ class Enrolment:
             last_seen=now,
             samples=applicant.samples,
             shard=shard,
-            joined_at=now if joined is None else joined,
+            joined_at=now if known is None else known.joined_at,
+            joined_round=before.round if known is None else known.joined_round,
             version=applicant.version,
             token_id=applicant.token.token_id,
             token_name=applicant.token.name,

@@ -70,6 +70,8 @@ class StoredRound(RoundRecord):
 
     version: int = 0
     base: str = ""  # digest that training starts from
+    base_handed: str = ""  # of what a strategy hands out with that; "" where there is none
+    handed: str = ""  # the same after the merge, for the next round
     evaluators: tuple[str, ...] = ()  # who is waited for while evaluating
 
     def public(self) -> RoundRecord:
@@ -96,6 +98,6 @@ def _narrow(cls: type[T], record: Any) -> T:
 
 _RUN_EXTRAS = ("version", "enrol_until", "hidden_size", "best_accuracy", "resume_to")
 RUN = Fields(StoredRun, hidden=("config", *_RUN_EXTRAS))
-ROUND = Fields(StoredRound, hidden=("version", "base", "evaluators"))
+ROUND = Fields(StoredRound, hidden=("version", "base", "base_handed", "handed", "evaluators"))
 _CLIENT_EXTRAS = ("session", "token_id", "token_name", "token_expires_ms", "task")
 CLIENT = Fields(StoredClient, hidden=_CLIENT_EXTRAS)

@@ -19,6 +19,7 @@ ACTIVE = f"{ROOT}:active"  # set: runs that have not ended
 TOKENS = f"{ROOT}:tokens"  # hash: token id -> record as JSON, with the secret's hash
 TOKEN_HASHES = f"{ROOT}:token-hashes"  # hash: SHA-256 of the secret -> token id
 LEDGER_TOTALS = "totals"
+LEDGER_REPORTS = "reports"
 
 
 def run(name: str) -> str:
@@ -82,8 +83,30 @@ def attempt(name: str, number: int, attempt_number: int) -> str:
 
 
 def moments(name: str) -> str:
-    """Hash: what a server optimiser carries on; round, layout, and raw fp32 tensors as `data`."""
+    """Hash: what a strategy carries on; round, layout, raw fp32 tensors as `data`, and as `handed` the
+    digest of those that clients get."""
     return f"{run(name)}:moments"
+
+
+def shadow_moments(name: str, index: int) -> str:
+    """The same of one of the run's shadows."""
+    return f"{moments(name)}:{index}"
+
+
+def shadows(name: str) -> str:
+    """Hash: digest -> raw fp32 tensors, and `shadow_meta` -> layout, scale and round as JSON, of what
+    the shadows made in the round that is being evaluated."""
+    return f"{run(name)}:shadows"
+
+
+def shadow_meta(digest: str) -> str:
+    return f"{digest}:meta"
+
+
+def passing(name: str, shadow_count: int) -> tuple[str, ...]:
+    """What a run with so many shadows needs no more once it is over."""
+    own = (shadow_moments(name, index) for index in range(shadow_count))
+    return moments(name), *own, shadows(name)
 
 
 def cohort(name: str, number: int, attempt_number: int) -> str:
@@ -92,8 +115,20 @@ def cohort(name: str, number: int, attempt_number: int) -> str:
 
 
 def submitted(name: str, number: int, attempt_number: int) -> str:
-    """Hash: client -> metadata of its accepted update, JSON."""
+    """Hash: client -> metadata of its accepted update, JSON. In an asynchronous run `part` -> that."""
     return f"{attempt(name, number, attempt_number)}:submitted"
+
+
+def answered(name: str, number: int, attempt_number: int) -> str:
+    """Hash: client -> "<round>:<attempt>" that its update is part of, of those who were handed this
+    attempt's adapter in an asynchronous run."""
+    return f"{attempt(name, number, attempt_number)}:answered"
+
+
+def part(client_id: str, number: int) -> str:
+    """Of an asynchronous round: a client's update that started as the one of round `number`. It
+    stands for the client's id among the submitted and the updates."""
+    return f"{client_id}@{number}"
 
 
 def refused(name: str, number: int, attempt_number: int) -> str:
@@ -136,8 +171,24 @@ def ledger_row(name: str, member: str) -> str:
 
 
 def ledger_totals(name: str) -> str:
-    """Hash: sent:<kind>, received:<kind>."""
+    """Hash: as a row, over the whole run."""
     return f"{run(name)}:ledger:{LEDGER_TOTALS}"
+
+
+def ledger_reports(name: str) -> str:
+    """Hash: "<rpc>/<client>" -> the request whose costs were counted last."""
+    return f"{run(name)}:ledger:{LEDGER_REPORTS}"
+
+
+def ledger(name: str, number: int, client_id: str) -> tuple[str, ...]:
+    """What a script needs to count a client's costs in a round."""
+    return (
+        ledger_index(name),
+        ledger_row(name, ledger_member(number, client_id)),
+        ledger_totals(name),
+        round_bytes(name, number),
+        ledger_reports(name),
+    )
 
 
 def adapters(name: str) -> str:

@@ -15,7 +15,11 @@ from fednano.coordinator.store_members import Spent
 
 _SECONDS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600, 14400)
 RESULTS = ("accepted", "duplicate", "late", "refused")
-KINDS = ("embeddings", "gradients", "logits", "adapters", "bases", "control", "other")
+KINDS = (
+    *("embeddings", "gradients", "logits", "adapters", "bases", "control"),  # messages, counted
+    "framing",  # what HTTP/2 and gRPC put around them, estimated by the client
+    "other",  # a kind that this version doesn't know
+)
 
 
 class Metrics:
@@ -40,6 +44,12 @@ class Metrics:
             "fednano_bytes",
             "Bytes that clients report, by kind, sent or received by them",
             ["kind", "direction"],
+            registry=self.registry,
+        )
+        self.compute_seconds = Counter(
+            "fednano_compute_seconds",
+            "Seconds that clients report: of their own CPUs, and of the LLM service for them",
+            ["where"],
             registry=self.registry,
         )
         self.redis_errors = Counter(
@@ -69,6 +79,8 @@ class Metrics:
             self.updates.labels(result)
         for reason in TROUBLES:
             self.redis_errors.labels(reason)
+        for where in ("client", "llm"):
+            self.compute_seconds.labels(where)
         for kind in KINDS:
             for direction in ("sent", "received"):
                 self.bytes.labels(kind, direction)
@@ -77,7 +89,9 @@ class Metrics:
         return Gauge(name, text, labels, registry=self.registry)
 
     def spent(self, spent: Spent) -> None:
-        """Counts a client's bytes."""
+        """Counts what a client reports."""
+        self.compute_seconds.labels("client").inc(spent.client_seconds)
+        self.compute_seconds.labels("llm").inc(spent.server_seconds)
         for direction, amounts in (("sent", spent.sent_bytes), ("received", spent.received_bytes)):
             for kind, amount in amounts.items():
                 self.bytes.labels(kind, direction).inc(amount)

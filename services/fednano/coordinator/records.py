@@ -8,7 +8,7 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from fednano.wire.run_config import RunConfig
+from fednano.wire.run_config import RunConfig, StrategyConfig
 
 Tensors = dict[str, NDArray[np.float32]]
 
@@ -67,6 +67,21 @@ class Participation:
 
 
 @dataclass(frozen=True)
+class ShadowRecord:
+    """What one of the run's shadows made of a round's updates: a one-step counterfactual, from the
+    adapter of the strategy that leads. Metrics are as a round's."""
+
+    strategy: StrategyConfig
+    adapter_digest: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    own: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return self.strategy.label
+
+
+@dataclass(frozen=True)
 class RoundRecord:
     """A round. `metrics` are the evaluator's (accuracy, loss, accuracy of each kind of question) and
     train_loss, the sample-weighted mean over the updates; `own` are the clients' on their own data."""
@@ -84,6 +99,8 @@ class RoundRecord:
     bytes: dict[str, int] = field(default_factory=dict)  # by kind, both directions
     adapter_digest: str = ""
     failure: str = ""  # why it failed or, of a later attempt, why the one before did
+    wanted: int = 0  # updates: it merges the first so many; 0 until its cohort is written
+    shadows: tuple[ShadowRecord, ...] = ()  # in the configuration's order, once it is merged
 
 
 @dataclass(frozen=True)
@@ -100,6 +117,7 @@ class ClientRecord:
     shard: int | None
     joined_at: float
     version: str
+    joined_round: int = 0  # that the run was at; 0 for those who were there from the beginning
 
 
 @dataclass(frozen=True)
@@ -108,8 +126,18 @@ class LedgerRow:
 
     round: int
     client: str
-    sent_bytes: dict[str, int]  # by kind: embeddings, gradients, adapters, control
+    sent_bytes: dict[str, int]  # by kind, see metrics.KINDS
     received_bytes: dict[str, int]
+    client_seconds: float  # CPU time of the client's process
+    server_seconds: float  # on the LLM service's device, its share of joint batches
+
+
+@dataclass(frozen=True)
+class LedgerTotals:
+    """What all clients spent on a run."""
+
+    sent: dict[str, int]  # bytes by kind
+    received: dict[str, int]
     client_seconds: float
     server_seconds: float
 

@@ -7,10 +7,14 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from fednano.coordinator.records import MemoryUse, RoundState, RunState, TokenRecord
-from fednano.wire.run_config import RunConfig
+from fednano.wire.run_config import RunConfig, StrategyConfig
 
 Time = Annotated[float, Field(description="Unix seconds")]
 ByKind = Annotated[dict[str, int], Field(description="bytes by kind")]
+ClientSeconds = Annotated[float, Field(description="CPU time of the client's own process")]
+ServerSeconds = Annotated[
+    float, Field(description="of the LLM service's device; of a joint batch the client's share")
+]
 Next = Annotated[str, Field(description="the next page's `?cursor=`; empty on the last page")]
 Role = Literal["admin", "viewer", "site"]
 
@@ -52,6 +56,18 @@ class ParticipationReply(_Reply):
     lost: list[str]
 
 
+class ShadowReply(_Reply):
+    """What a shadow made of a round's updates: a one-step counterfactual on the trajectory of the
+    strategy that leads. It starts each round from the leader's adapter, so a series of these is not
+    a run of its own; independent runs decide results."""
+
+    label: str = Field(description="the strategy with its settings that aren't the defaults")
+    strategy: StrategyConfig
+    adapter_digest: str = Field(description="kept until the round is evaluated")
+    metrics: dict[str, float] = Field(description="as the round's, of this adapter")
+    own: dict[str, dict[str, float]] = Field(description="each client's on its own data")
+
+
 class RoundReply(_Reply):
     """A round. Metrics are the evaluator's; `train_loss` is the mean over the updates."""
 
@@ -63,12 +79,19 @@ class RoundReply(_Reply):
     finished_at: Time | None
     strategy: str
     clients: ParticipationReply
+    wanted: int = Field(
+        description="it merges the first so many updates; 0 until its cohort is written"
+    )
     metrics: dict[str, float]
     own: dict[str, dict[str, float]] = Field(description="each client's on its own data")
     bytes: ByKind
     adapter_digest: str = Field(description="empty until the round is merged")
     failure: str = Field(
         description="why it failed or, of a later attempt, why the one before did; else empty"
+    )
+    shadows: list[ShadowReply] = Field(
+        description="one-step counterfactuals: the same updates merged by the run's shadows, each"
+        " from the adapter of the strategy that leads; empty in round 0 and until it is merged"
     )
 
 
@@ -85,10 +108,13 @@ class ClientReply(_Reply):
     state: str = Field(description="alive, lost or, once the run has ended, left")
     doing: str
     progress: float = Field(description="0 to 1, within what it is doing")
-    last_seen: Time
+    last_seen: Time = Field(description="of a lost client: when it was heard last, Unix seconds")
     samples: int
     shard: int | None
     joined_at: Time
+    joined_round: int = Field(
+        description="that the run was at; 0 for those who were there from the beginning"
+    )
     version: str
 
 
@@ -105,21 +131,23 @@ class LedgerReply(_Reply):
     client: str
     sent_bytes: ByKind
     received_bytes: ByKind
-    client_seconds: float
-    server_seconds: float
+    client_seconds: ClientSeconds
+    server_seconds: ServerSeconds
 
 
-class LedgerTotals(_Reply):
-    """Bytes by kind over the whole run, as the clients count them."""
+class LedgerTotalsReply(_Reply):
+    """What all clients spent on the whole run."""
 
-    sent: dict[str, int] = {}
-    received: dict[str, int] = {}
+    sent: ByKind
+    received: ByKind
+    client_seconds: ClientSeconds
+    server_seconds: ServerSeconds
 
 
 class LedgerPage(_Reply):
     items: list[LedgerReply]
     next: Next
-    totals: LedgerTotals
+    totals: LedgerTotalsReply
 
 
 class MemoryReply(_Reply):

@@ -18,7 +18,7 @@ from fednano.coordinator.rest_models import (
     ClientReply,
     LedgerPage,
     LedgerReply,
-    LedgerTotals,
+    LedgerTotalsReply,
     RoundPage,
     RoundReply,
     RunPage,
@@ -47,6 +47,9 @@ RunName = Annotated[str, Path(max_length=63, description="the run's name")]
 RoundNumber = Annotated[int, Path(ge=0, description="0 is the adapter before any training")]
 Cursor = Annotated[str, Query(max_length=200, description="`next` of the page before")]
 Limit = Annotated[int, Query(ge=1, le=1000, description="entries of a page")]
+LedgerRound = Annotated[
+    int | None, Query(alias="round", ge=0, lt=1 << 32, description="only the rows of this round")
+]
 EventId = Annotated[str, Query(pattern=r"^(now|\d{1,20}-\d{1,20})$")]
 LastEventId = Annotated[str | None, Header(pattern=r"^\d{1,20}-\d{1,20}$")]
 
@@ -150,13 +153,17 @@ async def list_clients(run: RunName, store: StoreDep) -> ClientList:
     return ClientList(items=[ClientReply.model_validate(r) for r in records])
 
 
-@router.get("/runs/{run}/ledger", summary="What every client sent and received")
+@router.get("/runs/{run}/ledger", summary="What every client spent")
 async def show_ledger(
-    run: RunName, store: StoreDep, cursor: Cursor = "", limit: Limit = 1000
+    run: RunName,
+    store: StoreDep,
+    number: LedgerRound = None,
+    cursor: Cursor = "",
+    limit: Limit = 1000,
 ) -> LedgerPage:
     """Rows by round and client; `totals` are over the whole run, whatever the page."""
-    rows, following = await store.ledger(run, cursor, limit)
-    totals = LedgerTotals.model_validate(await store.ledger_totals(run))
+    rows, following = await store.ledger(run, cursor, limit, number)
+    totals = LedgerTotalsReply.model_validate(await store.ledger_totals(run))
     items = [LedgerReply.model_validate(row) for row in rows]
     return LedgerPage(items=items, next=following, totals=totals)
 

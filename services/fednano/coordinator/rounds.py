@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-import numpy as np
-
+from fednano.coordinator.cohorts import evaluating_roles, sample_cohort, wanted_updates
 from fednano.coordinator.database import Raced
 from fednano.coordinator.fields import StoredRound, StoredRun
-from fednano.coordinator.records import RoundState, RunState
-from fednano.coordinator.scores import mean_metrics, own_metrics, train_metrics
+from fednano.coordinator.records import RoundState, RunState, ShadowRecord
+from fednano.coordinator.scores import mean_metrics, own_metrics, scored, train_metrics
 from fednano.coordinator.store import Store
-from fednano.coordinator.store_adapters import make_adapter
+from fednano.coordinator.store_adapters import Made, handed_digest, make_adapter
 from fednano.coordinator.store_members import Glance
 from fednano.coordinator.store_updates import StoredUpdates
-from fednano.coordinator.strategies import State, Strategy, initial_adapter, strategy_of
+from fednano.coordinator.strategies import (
+    Buffered,
+    State,
+    Strategy,
+    initial_adapter,
+    strategy_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -158,14 +163,14 @@ class Rounds:
     async def _next_round(self, run: StoredRun, done: StoredRound) -> float:
         if run.state is RunState.PAUSED:
             return _LOOK
-        return await self._open(run, done, done.number + 1, done.adapter_digest)
+        return await self._open(run, done, done.number + 1)
 
     async def _next_attempt(self, run: StoredRun, failed: StoredRound) -> float:
         if run.state is RunState.PAUSED:
             return _LOOK
-        return await self._open(run, failed, failed.number, failed.base)
+        return await self._open(run, failed, failed.number)
 
-    async def _open(self, run: StoredRun, before: StoredRound, number: int, base: str) -> float:
+    async def _open(self, run: StoredRun, before: StoredRound, number: int) -> float:
         """A new round, or another attempt of one, which remembers why the last one failed."""
         now, again = self._now(), before.number == number
         opened = StoredRound(
@@ -175,7 +180,8 @@ class Rounds:
             opened_at=now,
             deadline=now + run.config.round_seconds,
             strategy=run.config.strategy.name,
-            base=base,
+            base=before.base if again else before.adapter_digest,
+            base_handed=before.base_handed if again else before.handed,
             failure=before.failure if again else "",
         )
         await self.store.round_store.open(self.lease, run, before, opened)
@@ -193,17 +199,21 @@ class Rounds:
             if self._now() < round_.deadline:
                 return min(_SOON, round_.deadline - self._now())
             return await self._fail(run, round_, len(candidates), "members were there", 0)
-        cohort = sample_cohort(candidates, run, round_)
+        cohort = []  # of an asynchronous round: whoever is ready takes part
+        if run.config.asynchronous is None:
+            cohort = sample_cohort(candidates, run.config, round_.number, round_.attempt)
         deadline = self._now() + run.config.round_seconds
-        await self.store.round_store.enlist(self.lease, run, round_, cohort, deadline)
+        wanted = wanted_updates(len(cohort or candidates), run.config)
+        await self.store.round_store.enlist(self.lease, run, round_, cohort, wanted, deadline)
         return 0
 
     async def _collect(self, run: StoredRun, round_: StoredRound) -> float:
-        """Until the whole cohort has submitted, or the deadline."""
+        """Until as many as are wanted have submitted, or the deadline."""
         place = (run.name, round_.number, round_.attempt)
         got, cohort = await self.store.updates.progress(*place)
+        wanted = round_.wanted or cohort
         left = round_.deadline - self._now()
-        if got < cohort:
+        if got < wanted:
             if left > 0:
                 return left
             if not self.store.members.settled:
@@ -235,44 +245,56 @@ class Rounds:
             return _SOON
         accepted = await self.store.updates.accepted(run.name, round_.number, round_.attempt)
         place = (run.name, round_.number, round_.attempt)
-        strategy = strategy_of(run.config.strategy)
+        strategies = strategies_of(run)
         before = await self._before(run, round_)
         updates = self.store.updates.reading(*place, accepted)
         try:
-            state = await asyncio.to_thread(advanced, strategy, before, updates)
+            states = await asyncio.to_thread(merged, strategies, before, updates)
         finally:
             updates.stop()  # a coordinator that is being stopped doesn't wait for the merge
-        await self._publish(run, round_, state, evaluators, train_metrics(accepted))
+        metrics = train_metrics(accepted, run.config.asynchronous is not None)
+        await self._publish(run, round_, states, evaluators, metrics)
         return 0
 
-    async def _before(self, run: StoredRun, round_: StoredRound) -> State:
-        """Where the round before left the run."""
-        base = await self.store.adapters.get(run, round_.base)
-        return State(base.tensors, await self.store.adapters.moments(run.name, round_.number - 1))
+    async def _before(self, run: StoredRun, round_: StoredRound) -> list[State]:
+        """Where the round before left the run. Its shadows start there as well, each with moments
+        of its own."""
+        adapters, number = self.store.adapters, round_.number - 1
+        base = await adapters.get(run, round_.base)
+        moments = [await adapters.moments(run.name, number)]
+        for index in range(len(run.config.shadows)):
+            moments.append(await adapters.shadow_moments(run.name, number, index))
+        return [State(base.tensors, held) for held in moments]
 
     async def _publish(
         self,
         run: StoredRun,
         round_: StoredRound,
-        state: State,
+        states: list[State],
         evaluators: tuple[str, ...],
         metrics: dict[str, float],
     ) -> None:
-        adapter = await asyncio.to_thread(make_adapter, state.adapter, run.config.adapter.scale)
+        made = await asyncio.to_thread(addressed, states, run.config.adapter.scale)
+        leader, *others = made
         seen = await self.store.round_store.with_clients(run.name, round_)
         after = replace(
             seen,
             state=RoundState.EVALUATING,
-            deadline=self._now() + run.config.evaluation.seconds,
-            adapter_digest=adapter.digest,
+            deadline=self._now() + run.config.evaluation.seconds * len(made),
+            adapter_digest=leader.adapter.digest,
+            handed=await asyncio.to_thread(handed_digest, states[0]),
             evaluators=evaluators,
             metrics=metrics,
+            shadows=tuple(
+                ShadowRecord(strategy, other.adapter.digest)
+                for strategy, other in zip(run.config.shadows, others, strict=True)
+            ),
         )
-        await self.store.round_store.publish(self.lease, run, round_, adapter, state.moments, after)
+        await self.store.round_store.publish(self.lease, run, round_, made, after)
 
     async def _evaluators(self, run: StoredRun, number: int) -> tuple[str, ...] | None:
         """Who is there to evaluate this round; None while that isn't known for sure."""
-        roles = evaluating_roles(run, number)
+        roles = evaluating_roles(run.config, number)
         trainers = set(run.members)
         wanted = [
             member
@@ -304,6 +326,7 @@ class Rounds:
             finished_at=now,
             metrics=metrics,
             own=own_metrics(answers, digest),
+            shadows=scored(round_.shadows, answers),
         )
         await self._finish(run, round_, done, now)
         self.observe(now - round_.opened_at)
@@ -322,28 +345,29 @@ class Rounds:
         log.info("round done", extra={"run": run.name, "round": done.number, **done.metrics})
 
 
-def advanced(strategy: Strategy, before: State, updates: StoredUpdates) -> State:
-    """The state after the round, from what is in Redis. Raises Unavailable."""
+def strategies_of(run: StoredRun) -> list[Strategy]:
+    """The one that leads, then its shadows."""
+    if (how := run.config.asynchronous) is not None:
+        return [Buffered(how.server_learning_rate)]
+    return [strategy_of(one, len(run.members)) for one in run.config.strategies]
+
+
+def merged(
+    strategies: Iterable[Strategy], before: Iterable[State], updates: StoredUpdates
+) -> list[State]:
+    """What each makes of the same updates, which are in Redis. Raises Unavailable."""
     with updates:
-        return strategy.advance(before, updates, READ_BLOCK)
+        return [
+            strategy.advance(state, updates, READ_BLOCK)
+            for strategy, state in zip(strategies, before, strict=True)
+        ]
 
 
-def sample_cohort(candidates: list[str], run: StoredRun, round_: StoredRound) -> list[str]:
-    """`config.cohort` of the candidates (0: all), by a generator of seed, round and attempt."""
-    size = run.config.cohort or len(candidates)
-    if size >= len(candidates):
-        return candidates
-    rng = np.random.default_rng([run.config.seed, round_.number, round_.attempt])
-    return sorted(candidates[index] for index in rng.choice(len(candidates), size, replace=False))
+def advanced(strategy: Strategy, before: State, updates: StoredUpdates) -> State:
+    """What a strategy alone makes of them. Raises Unavailable."""
+    (state,) = merged([strategy], [before], updates)
+    return state
 
 
-def evaluating_roles(run: StoredRun, number: int) -> frozenset[str]:
-    """Which roles evaluate this round: the evaluator, the trainers on their own data."""
-    config = run.config.evaluation
-    ends = number in (0, run.config.rounds)
-    roles = set()
-    if ends or number % config.every == 0:
-        roles.add("evaluator")
-    if config.own_data == "always" or (config.own_data == "ends" and ends):
-        roles.add("trainer")
-    return frozenset(roles)
+def addressed(states: Iterable[State], scale: float) -> list[Made]:
+    return [Made(make_adapter(state.adapter, scale), state.moments) for state in states]

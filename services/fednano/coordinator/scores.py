@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean
 
+from fednano.coordinator.records import ShadowRecord
 from fednano.coordinator.store_updates import EvaluationMeta, UpdateMeta
 
 
-def train_metrics(accepted: Mapping[str, UpdateMeta]) -> dict[str, float]:
-    """The updates' train_loss, weighted by samples."""
+def train_metrics(
+    accepted: Mapping[str, UpdateMeta], asynchronous: bool = False
+) -> dict[str, float]:
+    """The updates' train_loss, weighted by samples, and of an asynchronous round their mean
+    staleness."""
     pairs = [
         (meta.samples, {"train_loss": meta.metrics["train_loss"]})
         for meta in accepted.values()
         if "train_loss" in meta.metrics
     ]
-    return _weighted(pairs)
+    found = _weighted(pairs)
+    if asynchronous:
+        found["staleness"] = fmean(meta.staleness for meta in accepted.values())
+    return found
 
 
 def mean_metrics(answers: Mapping[str, EvaluationMeta], digest: str) -> dict[str, float]:
@@ -35,6 +44,20 @@ def own_metrics(answers: Mapping[str, EvaluationMeta], digest: str) -> dict[str,
         for client, answer in answers.items()
         if answer.role == "trainer" and digest in answer.metrics
     }
+
+
+def scored(
+    shadows: Sequence[ShadowRecord], answers: Mapping[str, EvaluationMeta]
+) -> tuple[ShadowRecord, ...]:
+    """The shadows with what was measured of their adapters."""
+    return tuple(
+        replace(
+            shadow,
+            metrics=mean_metrics(answers, shadow.adapter_digest),
+            own=own_metrics(answers, shadow.adapter_digest),
+        )
+        for shadow in shadows
+    )
 
 
 def _weighted(pairs: Iterable[tuple[int, Mapping[str, float]]]) -> dict[str, float]:

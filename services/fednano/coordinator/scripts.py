@@ -48,117 +48,162 @@ if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 return redis.call('DEL', KEYS[1])
 """
 
-# Shared: counts what a client spent. `costs` is a list of (sent:kind or received:kind, bytes)*.
+# Shared: counts what a client spent; 1 where that was new. A request that is repeated, as its name
+# shows, is counted once; one without a name ("") always.
+# KEYS from `first`: ledger index, row, totals, round bytes, reports.
+# ARGV from `from`: ledger member, who reports, request, client seconds, server seconds, (sent:kind or
+# received:kind, bytes)*.
 # Whoever spends does so before anything else is written: a script that fails isn't rolled back.
 _SPEND = """
-local function spend(index, member, row, totals, round_bytes, costs, client_s, server_s)
-  redis.call('ZADD', index, 0, member)
-  for i = 1, #costs, 2 do
-    -- pcall: a counter that can't rise any further stays where it is.
-    redis.pcall('HINCRBY', row, costs[i], costs[i + 1])
-    redis.pcall('HINCRBY', totals, costs[i], costs[i + 1])
-    redis.pcall('HINCRBY', round_bytes, string.match(costs[i], ':(.*)'), costs[i + 1])
+local function spend(first, from)
+  local row, totals, round_bytes, reports = unpack(KEYS, first + 1, first + 4)
+  local request = ARGV[from + 2]
+  if request ~= '' then
+    if redis.call('HGET', reports, ARGV[from + 1]) == request then return 0 end
+    redis.call('HSET', reports, ARGV[from + 1], request)
   end
-  redis.call('HINCRBYFLOAT', row, 'client_seconds', client_s)
-  redis.call('HINCRBYFLOAT', row, 'server_seconds', server_s)
+  redis.call('ZADD', KEYS[first], 0, ARGV[from])
+  for i = from + 5, #ARGV, 2 do
+    -- pcall: a counter that can't rise any further stays where it is.
+    redis.pcall('HINCRBY', row, ARGV[i], ARGV[i + 1])
+    redis.pcall('HINCRBY', totals, ARGV[i], ARGV[i + 1])
+    redis.pcall('HINCRBY', round_bytes, string.match(ARGV[i], ':(.*)'), ARGV[i + 1])
+  end
+  for i, name in ipairs({'client_seconds', 'server_seconds'}) do
+    redis.call('HINCRBYFLOAT', row, name, ARGV[from + 2 + i])
+    redis.call('HINCRBYFLOAT', totals, name, ARGV[from + 2 + i])
+  end
+  return 1
 end
 local function tell(stream, bell, kind, data)
   redis.call('XADD', stream, 'MAXLEN', '~', 10000, '*', 'kind', kind, 'data', data)
   redis.call('PUBLISH', bell, kind)
 end
-local function tail(from)
-  local rest = {}
-  for i = from, #ARGV do rest[#rest + 1] = ARGV[i] end
-  return rest
-end
 """
 
 # Claims an update with its metadata.
-# KEYS: run, round, client, update, cohort, submitted, refused, late, events,
-#       ledger index, ledger row, ledger totals, round bytes.
+# KEYS: run, round, client, update, cohort, submitted, refused, late, events, five of the ledger.
 # ARGV: client, session, round, attempt, refusal ("" where valid), metadata, bytes, bell,
-#       ledger member, client seconds, server seconds, data of the event for accepted, late,
-#       refused, (cost, bytes)*.
-# Answers accepted, duplicate, late, refused, or session.
+#       data of the event for accepted, late, refused, what was spent.
+# {accepted, duplicate, late, refused, stranger or session, whether the costs were counted}.
 CLAIM_UPDATE = (
     _SPEND
     + """
-if redis.call('HGET', KEYS[3], 'session') ~= ARGV[2] then return 'session' end
-if redis.call('HEXISTS', KEYS[6], ARGV[1]) == 1 then return 'duplicate' end
-local function count()
-  spend(KEYS[10], ARGV[9], KEYS[11], KEYS[12], KEYS[13], tail(15), ARGV[10], ARGV[11])
-end
+if redis.call('HGET', KEYS[3], 'session') ~= ARGV[2] then return {'session', 0} end
+if redis.call('HEXISTS', KEYS[6], ARGV[1]) == 1 then return {'duplicate', spend(10, 12)} end
+if redis.call('SISMEMBER', KEYS[5], ARGV[1]) == 0 then return {'stranger', 0} end
+local counted = spend(10, 12)
 local function answer(result, event)
   tell(KEYS[9], ARGV[8], 'update', event)
-  return result
+  return {result, counted}
 end
 local run = redis.call('HMGET', KEYS[1], 'state', 'round')
-local round = redis.call('HMGET', KEYS[2], 'state', 'attempt')
+local round = redis.call('HMGET', KEYS[2], 'state', 'attempt', 'wanted')
+local wanted = tonumber(round[3] or 0)  -- 0: an earlier version opened the round
+local full = wanted > 0 and redis.call('HLEN', KEYS[6]) >= wanted
 local open = (run[1] == 'running' or run[1] == 'paused') and run[2] == ARGV[3]
-  and round[1] == 'collecting' and round[2] == ARGV[4]
-if redis.call('SISMEMBER', KEYS[5], ARGV[1]) == 0 then return 'stranger' end
+  and round[1] == 'collecting' and round[2] == ARGV[4] and not full
 if not open then
-  if redis.call('SISMEMBER', KEYS[8], ARGV[1]) == 1 then return 'late' end
-  count()
-  redis.call('SADD', KEYS[8], ARGV[1])
-  return answer('late', ARGV[13])
+  if redis.call('SADD', KEYS[8], ARGV[1]) == 0 then return {'late', counted} end
+  return answer('late', ARGV[10])
 end
 if ARGV[5] ~= '' then
   local again = redis.call('HEXISTS', KEYS[7], ARGV[1]) == 1
-  if not again then count() end
   redis.call('HSET', KEYS[7], ARGV[1], ARGV[5])
-  if again then return 'refused' end
-  return answer('refused', ARGV[14])
+  if again then return {'refused', counted} end
+  return answer('refused', ARGV[11])
 end
 local samples = string.format('%d', cjson.decode(ARGV[6]).samples)
-count()
 redis.call('SET', KEYS[4], ARGV[7])
 redis.call('HSET', KEYS[6], ARGV[1], ARGV[6])
 redis.call('HDEL', KEYS[7], ARGV[1])
 redis.call('HSET', KEYS[3], 'samples', samples)
-return answer('accepted', ARGV[12])
+return answer('accepted', ARGV[9])
+"""
+)
+
+# Claims an update of an asynchronous run, for the round that is being filled.
+# KEYS: run, the round that the run is in, client, update, answered, submitted, refused, late, events,
+#       five of the ledger.
+# ARGV: client, session, part, the run's round, that round's state and attempt as they were seen,
+#       why it is late ("" where it isn't), refusal ("" where valid), metadata, bytes, bell, where it
+#       becomes part, data of the event for accepted, late, refused, what was spent.
+# {accepted, duplicate, late, refused, moved (nothing was done) or session, whether costs counted}.
+CLAIM_PART = (
+    _SPEND
+    + """
+if redis.call('HGET', KEYS[3], 'session') ~= ARGV[2] then return {'session', 0} end
+local run = redis.call('HMGET', KEYS[1], 'state', 'round')
+local round = redis.call('HMGET', KEYS[2], 'state', 'attempt')
+if redis.call('HEXISTS', KEYS[5], ARGV[1]) == 1 then return {'duplicate', spend(10, 16)} end
+local over = run[1] ~= 'running' and run[1] ~= 'paused'
+if not over and (run[2] ~= ARGV[4] or round[1] ~= ARGV[5] or round[2] ~= ARGV[6]) then
+  return {'moved', 0}
+end
+local counted = spend(10, 16)
+local function answer(result, event)
+  tell(KEYS[9], ARGV[11], 'update', event)
+  return {result, counted}
+end
+if over or ARGV[7] ~= '' then
+  if redis.call('SADD', KEYS[8], ARGV[1]) == 0 then return {'late', counted} end
+  return answer('late', ARGV[14])
+end
+if ARGV[8] ~= '' then
+  local again = redis.call('HEXISTS', KEYS[7], ARGV[1]) == 1
+  redis.call('HSET', KEYS[7], ARGV[1], ARGV[8])
+  if again then return {'refused', counted} end
+  return answer('refused', ARGV[15])
+end
+local samples = string.format('%d', cjson.decode(ARGV[9]).samples)
+redis.call('SET', KEYS[4], ARGV[10])
+redis.call('HSET', KEYS[6], ARGV[3], ARGV[9])
+redis.call('HSET', KEYS[5], ARGV[1], ARGV[12])
+redis.call('HDEL', KEYS[7], ARGV[1])
+redis.call('HSET', KEYS[3], 'samples', samples)
+return answer('accepted', ARGV[13])
 """
 )
 
 # Claims a client's evaluation of a round.
-# KEYS: run, round, client, evaluations, events, ledger index, ledger row, ledger totals,
-#       round bytes.
-# ARGV: client, session, round, attempt, evaluation, bell, ledger member, client seconds,
-#       server seconds, data of the event, (cost, bytes)*.
-# Answers accepted, duplicate, late, or session.
+# KEYS: run, round, client, evaluations, events, five of the ledger.
+# ARGV: client, session, round, attempt, refusal ("" where valid), evaluation, bell, data of the
+#       event, what was spent.
+# {accepted, duplicate, late, refused or session, whether the costs were counted}.
 CLAIM_EVALUATION = (
     _SPEND
     + """
-if redis.call('HGET', KEYS[3], 'session') ~= ARGV[2] then return 'session' end
-if redis.call('HEXISTS', KEYS[4], ARGV[1]) == 1 then return 'duplicate' end
+if redis.call('HGET', KEYS[3], 'session') ~= ARGV[2] then return {'session', 0} end
 local run = redis.call('HMGET', KEYS[1], 'state', 'round')
 local round = redis.call('HMGET', KEYS[2], 'state', 'attempt')
+local counted = 0
+if tonumber(ARGV[3]) <= tonumber(run[2] or -1) then counted = spend(6, 9) end
+if redis.call('HEXISTS', KEYS[4], ARGV[1]) == 1 then return {'duplicate', counted} end
+if ARGV[5] ~= '' then return {'refused', counted} end
 if (run[1] ~= 'running' and run[1] ~= 'paused') or run[2] ~= ARGV[3]
-  or round[1] ~= 'evaluating' or round[2] ~= ARGV[4] then return 'late' end
-spend(KEYS[6], ARGV[7], KEYS[7], KEYS[8], KEYS[9], tail(11), ARGV[8], ARGV[9])
-redis.call('HSET', KEYS[4], ARGV[1], ARGV[5])
-tell(KEYS[5], ARGV[6], 'evaluation', ARGV[10])
-return 'accepted'
+  or round[1] ~= 'evaluating' or round[2] ~= ARGV[4] then return {'late', counted} end
+redis.call('HSET', KEYS[4], ARGV[1], ARGV[6])
+tell(KEYS[5], ARGV[7], 'evaluation', ARGV[8])
+return {'accepted', counted}
 """
 )
 
 # A sign of life.
-# KEYS: client, events, ledger index, ledger row, ledger totals, round bytes.
+# KEYS: client, events, five of the ledger.
 # ARGV: session, now, progress, doing, expiry of the LLM token (ms), bell, data of the event,
-#       ledger member ("" where nothing was spent), client seconds, server seconds, (cost, bytes)*.
-# 1: the session is current.
+#       what was spent (its ledger member is "" where that is nothing).
+# 0: the session is not current, 1: it is, 2: and costs were counted.
 BEAT = (
     _SPEND
     + """
 local was = redis.call('HMGET', KEYS[1], 'session', 'state', 'doing')
 if was[1] ~= ARGV[1] then return 0 end
-if ARGV[8] ~= '' then
-  spend(KEYS[3], ARGV[8], KEYS[4], KEYS[5], KEYS[6], tail(11), ARGV[9], ARGV[10])
-end
+local counted = 0
+if ARGV[8] ~= '' then counted = spend(3, 8) end
 redis.call('HSET', KEYS[1], 'last_seen', ARGV[2], 'progress', ARGV[3], 'doing', ARGV[4],
   'token_expires_ms', ARGV[5], 'state', 'alive')
 if was[2] ~= 'alive' or was[3] ~= ARGV[4] then tell(KEYS[2], ARGV[6], 'client', ARGV[7]) end
-return 1
+return 1 + counted
 """
 )
 

@@ -7,16 +7,16 @@ import logging
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
-from fednano.coordinator import keys
+from fednano.coordinator import buffer, keys
 from fednano.coordinator.auth import CLIENTS, READERS, require
 from fednano.coordinator.enrolment import Applicant, Enrolment
 from fednano.coordinator.fields import StoredClient
 from fednano.coordinator.metrics import Metrics
-from fednano.coordinator.records import StoredAdapter
+from fednano.coordinator.records import StoredAdapter, Tensors
 from fednano.coordinator.store import Store
 from fednano.coordinator.store_members import Spent, Visitor
 from fednano.coordinator.store_standing import Standing
-from fednano.coordinator.store_updates import EvaluationMeta, Sender, UpdateMeta
+from fednano.coordinator.store_updates import Claim, EvaluationMeta, Sender, UpdateMeta
 from fednano.coordinator.strategies import strategy_of
 from fednano.coordinator.submission import (
     Refused,
@@ -26,6 +26,7 @@ from fednano.coordinator.submission import (
     receive_head,
     receive_payload,
     spent_of,
+    started_from,
     update_meta,
 )
 from fednano.coordinator.tasks import (
@@ -193,38 +194,56 @@ class Servicer(CoordinatorServicer):
         require(CLIENTS)
         head = await receive_head(stream)
         spent, sender = spent_of(head.costs), _sender(head.header)
+        async with self._working:
+            standing, client = await self._member(head.header)
+        asynchronous = standing.run.config.asynchronous is not None
+        claim_of = buffer.claim if asynchronous else _claimed
         try:
             async with self._working:
-                standing, client = await self._member(head.header)
                 rules = await self._rules(standing, client, sender)
             meta = update_meta(head, rules)
             payload, digest = await receive_payload(stream, head, self._limit)
             async with self._working:
                 tensors = await asyncio.to_thread(checked, head, payload, digest, rules)
-                result = await self._store.updates.claim(sender, tensors, meta, spent)
+                if asynchronous:
+                    tensors = await asyncio.to_thread(buffer.added, tensors, rules.base)
+                claim = await claim_of(self._store, sender, tensors, meta, spent)
         except Refused as refused:
             meta, reason = UpdateMeta(head.samples), str(refused)
-            result = await self._store.updates.claim(sender, {}, meta, spent, reason)
-            return self._answer(result, spent, reason)
-        return self._answer(result, spent)
+            claim = await claim_of(self._store, sender, {}, meta, spent, reason)
+            return self._answer(claim, spent, reason)
+        return self._answer(claim, spent)
 
     async def _rules(self, standing: Standing, client: StoredClient, sender: Sender) -> Rules:
         """Raises Refused where no update of the client is wanted: the store says late, duplicate or
         stranger then."""
-        run, round_ = standing.run, standing.round
-        if run.state.ended or round_ is None or round_.number != sender.round:
+        run = standing.run
+        if run.config.asynchronous is not None:
+            digest = await buffer.started(self._store, standing, sender)
+        else:
+            digest = await self._base(standing, client, sender)
+        base = await self._store.adapters.get(run, digest)
+        strategies = [strategy_of(one) for one in run.config.strategies]
+        start = started_from(base.tensors, run.config, client.shard)
+        return Rules(digest, start, strategies, self._max_norm)
+
+    async def _base(self, standing: Standing, client: StoredClient, sender: Sender) -> str:
+        """Digest of the adapter that the round's training starts from. Raises Refused."""
+        round_ = standing.round
+        if standing.run.state.ended or round_ is None or round_.number != sender.round:
             raise Refused("there is no such round, or it has moved on")
         if round_.attempt != sender.attempt or not round_.base:
             raise Refused("there is no such attempt of a round")
         if not await must_train(self._store, standing, client):
             raise Refused("no update of this client is wanted now")
-        base = await self._store.adapters.get(run, round_.base)
-        return Rules(round_.base, base.tensors, strategy_of(run.config.strategy), self._max_norm)
+        return round_.base
 
-    def _answer(self, result: str, spent: Spent, refusal: str = "") -> SubmitReply:
+    def _answer(self, claim: Claim, spent: Spent, refusal: str = "") -> SubmitReply:
+        result = claim.result
         value, reason = _RESULTS.get(result, (SubmitReply.REFUSED, refusal))
+        reason = claim.reason or reason
         self._metrics.updates.labels("refused" if result == "stranger" else result).inc()
-        if result != "duplicate":
+        if claim.counted:
             self._metrics.spent(spent)
         log.info("update", extra={"result": result, "reason": reason})
         return SubmitReply(result=value, reason=reason)
@@ -239,13 +258,11 @@ class Servicer(CoordinatorServicer):
             {item.adapter: item.samples for item in request.evaluations},
             {item.adapter: metrics_of(item.metrics) for item in request.evaluations},
         )
-        reason = _evaluation_refusal(standing, client, sender, meta)
-        if reason:
-            return SubmitReply(result=SubmitReply.REFUSED, reason=reason)
-        result = await self._store.updates.claim_evaluation(sender, meta, spent)
-        if result == "accepted":
+        refusal = _evaluation_refusal(standing, client, sender, meta)
+        claim = await self._store.updates.claim_evaluation(sender, meta, spent, refusal)
+        if claim.counted:
             self._metrics.spent(spent)
-        value, reason = _RESULTS[result]
+        value, reason = _RESULTS.get(claim.result, (SubmitReply.REFUSED, refusal))
         return SubmitReply(result=value, reason=reason)
 
     async def Heartbeat(  # noqa: N802
@@ -256,8 +273,10 @@ class Servicer(CoordinatorServicer):
         if not 0 <= request.progress <= 1:
             raise InvalidRequest.of("progress", "0 to 1", request.progress)
         header, spent = request.header, spent_of(request.costs)
-        if spent and header.round > run.round:
-            raise InvalidRequest.of("header.round", f"0 to {run.round}", header.round)
+        asynchronous = run.config.asynchronous is not None
+        last = run.round + asynchronous  # training for it begins before it is opened
+        if spent and header.round > last:
+            raise InvalidRequest.of("header.round", f"0 to {last}", header.round)
         token = self._renewed(client, run.name)
         told = replace(
             client,
@@ -265,8 +284,10 @@ class Servicer(CoordinatorServicer):
             doing=request.doing[:_DOING_LENGTH],
             token_expires_ms=token.expires_at_ms if token else client.token_expires_ms,
         )
-        await self._store.members.beat(run.name, told, header.round, spent)
-        self._metrics.spent(spent)
+        # Outside a task it is spent on the round that the others are at.
+        number = header.round if header.attempt else run.round
+        if await self._store.members.beat(run.name, told, number, spent, _request(header)):
+            self._metrics.spent(spent)
         reason = why_stop(run, standing.round, client, header.round, header.attempt)
         return HeartbeatReply(stop=bool(reason), reason=reason, llm_token=token)
 
@@ -276,6 +297,17 @@ class Servicer(CoordinatorServicer):
         if left_ms >= self._signer.ttl_seconds * 500:
             return None
         return self._llm_token(client.id, require(CLIENTS), run)
+
+
+async def _claimed(
+    store: Store,
+    sender: Sender,
+    tensors: Tensors,
+    meta: UpdateMeta,
+    spent: Spent,
+    refusal: str = "",
+) -> Claim:
+    return await store.updates.claim(sender, tensors, meta, spent, refusal)
 
 
 def checked_header(header: Header) -> None:
@@ -315,7 +347,13 @@ def _applicant(request: JoinRequest, identity: Identity) -> Applicant:
 
 
 def _sender(header: Header) -> Sender:
-    return Sender(header.run, header.client, header.session, header.round, header.attempt)
+    place = header.round, header.attempt
+    return Sender(header.run, header.client, header.session, *place, _request(header))
+
+
+def _request(header: Header) -> str:
+    """The call's name, no longer than ours are: Redis keeps the last one of each client."""
+    return header.request[:32]
 
 
 def _evaluation_refusal(

@@ -16,6 +16,7 @@ from fednano.coordinator.records import (
     ClientRecord,
     Event,
     LedgerRow,
+    LedgerTotals,
     MemoryUse,
     RoundRecord,
     RunRecord,
@@ -25,6 +26,7 @@ from fednano.coordinator.records import (
 from fednano.coordinator.store_adapters import AdapterStore
 from fednano.coordinator.store_lease import LeaseStore
 from fednano.coordinator.store_members import MemberStore
+from fednano.coordinator.store_parts import PartStore
 from fednano.coordinator.store_rounds import RoundStore
 from fednano.coordinator.store_runs import RunStore
 from fednano.coordinator.store_standing import StandingStore
@@ -50,6 +52,7 @@ class Store:
         self.members = MemberStore(database, self.run_store, client_seconds)
         self.adapters = AdapterStore(database)
         self.updates = UpdateStore(database)
+        self.parts = PartStore(database)
         self.round_store = RoundStore(database, self.run_store, self.members, self.adapters)
         self.token_store = TokenStore(database, admin_token)
 
@@ -152,14 +155,14 @@ class Store:
         return await self.members.records(name)
 
     async def ledger(
-        self, name: str, cursor: str = "", limit: int = 1000
+        self, name: str, cursor: str = "", limit: int = 1000, number: int | None = None
     ) -> tuple[list[LedgerRow], str]:
-        """By round and client, and the cursor of the next page or ""."""
+        """By round and client, of one round or of all; and the cursor of the next page or ""."""
         await self.run_store.get(name)
-        return await self.updates.ledger(name, cursor, limit)
+        return await self.updates.ledger(name, cursor, limit, number)
 
-    async def ledger_totals(self, name: str) -> dict[str, dict[str, int]]:
-        """{"sent": {kind: bytes}, "received": {kind: bytes}}."""
+    async def ledger_totals(self, name: str) -> LedgerTotals:
+        """Over the whole run."""
         await self.run_store.get(name)
         return await self.updates.ledger_totals(name)
 

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,11 +17,11 @@ from fednano.coordinator import keys
 from fednano.coordinator.database import Commit, Database, Raced
 from fednano.coordinator.fields import StoredRun
 from fednano.coordinator.records import StoredAdapter, Tensors
-from fednano.coordinator.strategies import Span
+from fednano.coordinator.strategies import Span, State
 from fednano.wire.errors import NotFound
 
 _DIGITS = set("0123456789abcdef")
-_HELD = 2  # adapters in memory: what is trained from, and one that is evaluated or asked for
+_HELD = 3  # in memory: what is trained from, what goes with it, and one that is asked for
 ByteRange = tuple[int, int]  # the first byte, and the one after the last
 
 
@@ -78,6 +78,18 @@ def make_adapter(tensors: Tensors, scale: float) -> StoredAdapter:
     return StoredAdapter(digest.hexdigest(), scale, tensors)
 
 
+class Made(NamedTuple):
+    """What a strategy made of a round: the adapter, and the moments that it carries on."""
+
+    adapter: StoredAdapter
+    moments: Tensors
+
+
+def handed_digest(state: State) -> str:
+    """Of what clients get with the adapter; "" for nothing."""
+    return make_adapter(state.handed, 1.0).digest if state.handed else ""
+
+
 class AdapterStore:
     """Part of the Store."""
 
@@ -94,12 +106,28 @@ class AdapterStore:
         """The newest round that made it, and the adapter. Raises NotFound, saying when retention
         dropped it."""
         meta = await self._meta(run.name, digest)
+        if meta is None and (handed := await self._handed(run.name, digest)) is not None:
+            return handed
+        adapter = await self._read(keys.adapter(run.name, digest), digest, meta) if meta else None
+        if meta is not None and adapter is not None:
+            return int(meta["round"]), adapter
+        if run.config.shadows and (shadow := await self._shadow(run.name, digest)) is not None:
+            return shadow
         if meta is None:
-            raise NotFound(f"run {run.name!r} has no adapter with the digest {digest!r}")
-        adapter = await self._read(keys.adapter(run.name, digest), digest, meta)
-        if adapter is None:
-            raise NotFound(_dropped(run, digest, await self._meta(run.name, digest) or meta))
-        return int(meta["round"]), adapter
+            raise NotFound(_unknown(run, digest))
+        raise NotFound(_dropped(run, digest, await self._meta(run.name, digest) or meta))
+
+    async def _shadow(self, name: str, digest: str) -> tuple[int, StoredAdapter] | None:
+        """The round that is being evaluated, and what one of its shadows made of it."""
+        if not _is_digest(digest):
+            return None
+        fields = (digest, keys.shadow_meta(digest))
+        data, text = await self._db.call("HMGET", keys.shadows(name), *fields)
+        if data is None or text is None:
+            return None
+        meta = json.loads(text)
+        tensors = unpack_tensors(meta["layout"], data)
+        return int(meta["round"]), StoredAdapter(digest, meta["scale"], tensors)
 
     async def _read(self, key: str, digest: str, meta: dict[str, Any]) -> StoredAdapter | None:
         """None where Redis no longer has it. A round's whole cohort asks for the same one, which
@@ -114,10 +142,29 @@ class AdapterStore:
             if data is None:
                 return None
             tensors = unpack_tensors(meta["layout"], data)
-            self._newest[key] = StoredAdapter(digest, meta["scale"], tensors)
-            if len(self._newest) > _HELD:
-                self._newest.popitem(last=False)
+            self._hold(key, StoredAdapter(digest, meta["scale"], tensors))
             return self._newest[key]
+
+    async def _handed(self, name: str, digest: str) -> tuple[int, StoredAdapter] | None:
+        """The newest round and what its strategy hands out, if that has this digest."""
+        key = keys.moments(name)
+        number, held = await self._db.small("HMGET", key, "round", "handed")
+        if not held or held.decode() != digest:
+            return None
+        async with self._reading:
+            if digest not in self._newest:
+                found = await self._db.call("HMGET", key, "handed", "layout", "data")
+                if found[0] != held:
+                    return None
+                moments = unpack_tensors(json.loads(found[1]), found[2])
+                self._hold(digest, StoredAdapter(digest, 1.0, State({}, moments).handed))
+            self._newest.move_to_end(digest)
+            return int(number), self._newest[digest]
+
+    def _hold(self, key: str, adapter: StoredAdapter) -> None:
+        self._newest[key] = adapter
+        if len(self._newest) > _HELD:
+            self._newest.popitem(last=False)
 
     async def digest_of_round(self, name: str, number: int) -> str:
         """Raises NotFound."""
@@ -127,7 +174,7 @@ class AdapterStore:
         return str(digest.decode())
 
     async def _meta(self, name: str, digest: str) -> dict[str, Any] | None:
-        if len(digest) != 64 or not set(digest) <= _DIGITS:
+        if not _is_digest(digest):
             return None
         text = await self._db.small("HGET", keys.adapters(name), digest)
         meta: dict[str, Any] | None = json.loads(text) if text else None
@@ -143,17 +190,47 @@ class AdapterStore:
         commit.do("HSET", keys.adapter_rounds(name), number, adapter.digest)
         commit.do("ZADD", keys.kept_rounds(name), number, number)
 
-    def put_moments(self, commit: Commit, name: str, number: int, moments: Tensors) -> None:
-        """Adds to `commit` what a server optimiser carries out of round `number`."""
+    def put_shadows(self, commit: Commit, name: str, number: int, made: Sequence[Made]) -> None:
+        """Adds to `commit` what each shadow made of round `number`, in the place of what they made
+        of the one before."""
+        self.drop_shadows(commit, name)
+        for index, (adapter, moments) in enumerate(made):
+            layout, data = pack_tensors(adapter.tensors)
+            meta = json.dumps({"round": number, "layout": layout, "scale": adapter.scale})
+            fields = (adapter.digest, data, keys.shadow_meta(adapter.digest), meta)
+            commit.do("HSET", keys.shadows(name), *fields)
+            self._put_moments(commit, keys.shadow_moments(name, index), number, moments)
+
+    def drop_shadows(self, commit: Commit, name: str) -> None:
+        """Adds to `commit` that the shadows' adapters go; their moments stay."""
+        commit.do("DEL", keys.shadows(name))
+
+    def put_moments(
+        self, commit: Commit, name: str, number: int, moments: Tensors, handed: str = ""
+    ) -> None:
+        """Adds to `commit` what a strategy carries out of round `number`; `handed` is the digest of
+        what it hands out of that."""
+        self._put_moments(commit, keys.moments(name), number, moments, handed)
+
+    def _put_moments(
+        self, commit: Commit, key: str, number: int, moments: Tensors, handed: str = ""
+    ) -> None:
         if moments:
             layout, data = pack_tensors(moments)
             fields = ("round", number, "layout", json.dumps(layout), "data", data)
-            commit.do("HSET", keys.moments(name), *fields)
+            commit.do("HSET", key, *fields, "handed", handed)
+
+    async def shadow_moments(self, name: str, number: int, index: int) -> Tensors:
+        """As `moments`, of the shadow of this index."""
+        return await self._moments(keys.shadow_moments(name, index), number)
 
     async def moments(self, name: str, number: int) -> Tensors:
-        """What a server optimiser carried out of round `number`; nothing where there is none, or
+        """What a strategy carried out of round `number`; nothing where there is none, or
         where nothing came before. Raises Raced where a later round has been published."""
-        found = await self._db.call("HMGET", keys.moments(name), "round", "layout", "data")
+        return await self._moments(keys.moments(name), number)
+
+    async def _moments(self, key: str, number: int) -> Tensors:
+        found = await self._db.call("HMGET", key, "round", "layout", "data")
         if found[0] is None:
             return {}
         if int(found[0]) > number:
@@ -180,6 +257,15 @@ class AdapterStore:
         meta = {**(await self._meta(name, digest) or {}), "dropped_at": self._db.clock()}
         commit.do("DEL", keys.adapter(name, digest))
         commit.do("HSET", keys.adapters(name), digest, json.dumps(meta))
+
+
+def _is_digest(text: str) -> bool:
+    return len(text) == 64 and set(text) <= _DIGITS
+
+
+def _unknown(run: StoredRun, digest: str) -> str:
+    why = "; a shadow's is dropped once its round was evaluated" if run.config.shadows else ""
+    return f"run {run.name!r} has no adapter with the digest {digest!r}{why}"
 
 
 def _dropped(run: StoredRun, digest: str, meta: dict[str, Any]) -> str:

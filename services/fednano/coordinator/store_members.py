@@ -17,6 +17,7 @@ from fednano.wire.errors import SessionEnded
 
 _GONE = "this session has ended: another process joined under the same client id, or nobody did"
 _ENDED, _MOVED = 0, 1  # of the script ATTEND
+_COUNTED = 2  # of the script BEAT
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class Spent:
         """sent:<kind> or received:<kind>, bytes."""
         both = [*_named("sent", self.sent_bytes), *_named("received", self.received_bytes)]
         return [part for pair in both for part in pair]
+
+    def arguments(self) -> list[str | int]:
+        """For a script: seconds, and bytes by kind."""
+        return [repr(self.client_seconds), repr(self.server_seconds), *self.pairs()]
 
     def __bool__(self) -> bool:
         return bool(self.pairs() or self.client_seconds or self.server_seconds)
@@ -220,19 +225,16 @@ class MemberStore:
         label, role, shard = (item.decode() for item in rest)
         return Seat(client, role, json.loads(shard), label)
 
-    async def beat(self, name: str, client: StoredClient, number: int, spent: Spent) -> None:
-        """Writes what a heartbeat told (`client` carries it). Raises SessionEnded."""
+    async def beat(
+        self, name: str, client: StoredClient, number: int, spent: Spent, request: str = ""
+    ) -> bool:
+        """Writes what a heartbeat told (`client` carries it) and counts what was spent on the round
+        of that number: whether it was, which one `request` is only once. Raises SessionEnded."""
         now = self._db.clock()
         told = replace(client, last_seen=now, state="alive")
         member = keys.ledger_member(number, client.id)
-        names = [
-            keys.client(name, client.id),
-            keys.events(name),
-            keys.ledger_index(name),
-            keys.ledger_row(name, member),
-            keys.ledger_totals(name),
-            keys.round_bytes(name, number),
-        ]
+        ledger = keys.ledger(name, number, client.id)
+        names = [keys.client(name, client.id), keys.events(name), *ledger]
         arguments = [
             client.session,
             json.dumps(now),
@@ -242,12 +244,13 @@ class MemberStore:
             keys.bell(name),
             CLIENT.public(told),
             member if spent else "",
-            repr(spent.client_seconds),
-            repr(spent.server_seconds),
-            *spent.pairs(),
+            *(f"heartbeat/{client.id}", request),
+            *spent.arguments(),
         ]
-        if not await self._db.script("BEAT", names, arguments):
+        answer = await self._db.script("BEAT", names, arguments)
+        if not answer:
             raise SessionEnded(_GONE)
+        return bool(answer == _COUNTED)
 
     async def records(self, name: str) -> list[ClientRecord]:
         """After a run has ended nobody is lost: who isn't heard any more has left."""

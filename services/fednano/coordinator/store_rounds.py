@@ -6,6 +6,7 @@ LeaseLost where the lease is gone; nothing is written then.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from fednano.coordinator import keys
@@ -17,11 +18,10 @@ from fednano.coordinator.records import (
     RoundState,
     RunState,
     StoredAdapter,
-    Tensors,
 )
-from fednano.coordinator.store_adapters import AdapterStore
+from fednano.coordinator.store_adapters import AdapterStore, Made
 from fednano.coordinator.store_members import MemberStore
-from fednano.coordinator.store_runs import RunStore, checked_cursor, expire_updates
+from fednano.coordinator.store_runs import RunStore, checked_cursor
 
 
 class RoundStore:
@@ -72,7 +72,7 @@ class RoundStore:
         if round_.state is RoundState.COLLECTING and missing:
             missing -= (await self._members.presence(name)).alive
         clients = Participation(
-            _ids(cohort), _ids(done), _ids(late), _ids(refused), tuple(sorted(missing))
+            _ids(cohort), _senders(done), _ids(late), _ids(refused), tuple(sorted(missing))
         )
         return replace(round_, clients=clients)
 
@@ -103,9 +103,15 @@ class RoundStore:
         await self._db.commit(commit)
 
     async def enlist(
-        self, lease: str, run: StoredRun, round_: StoredRound, cohort: list[str], deadline: float
+        self,
+        lease: str,
+        run: StoredRun,
+        round_: StoredRound,
+        cohort: list[str],
+        wanted: int,
+        deadline: float,
     ) -> None:
-        """Writes the cohort, once, and opens the round for its updates."""
+        """Writes the cohort, once, and opens the round for so many of its updates."""
         place = (run.name, round_.number, round_.attempt)
         commit = Commit(lease).expect(keys.run(run.name), "state", run.state)
         after = replace(
@@ -113,6 +119,7 @@ class RoundStore:
             state=RoundState.COLLECTING,
             deadline=deadline,
             clients=Participation(selected=tuple(cohort)),
+            wanted=wanted,
         )
         commit.add_many("SADD", keys.cohort(*place), cohort)
         self._write(commit, run, round_, after)
@@ -122,6 +129,12 @@ class RoundStore:
         """From now on no update is accepted: what is there will be merged."""
         commit = Commit(lease).expect(keys.run(run.name), "state", run.state)
         seen = await self.with_clients(run.name, round_)
+        late = _still_at_work(seen)
+        if late:
+            key = keys.late(run.name, round_.number, round_.attempt)
+            commit.add_many("SADD", key, late)
+            clients = replace(seen.clients, late=tuple(sorted({*seen.clients.late, *late})))
+            seen = replace(seen, clients=clients)
         self._write(commit, run, round_, replace(seen, state=RoundState.MERGING))
         await self._db.commit(commit)
 
@@ -143,7 +156,7 @@ class RoundStore:
         seen = await self.with_clients(run.name, round_)
         after = replace(seen, state=RoundState.FAILED, failure=reason, finished_at=now)
         self._write(commit, run, round_, after)
-        expire_updates(commit, run.name, round_, after.clients.submitted)
+        await self._runs.expire_updates(commit, run.name, round_.number, round_.attempt)
         failed = replace(run, state=RunState.FAILED, failure=reason, finished_at=now)
         if last:
             self._runs.change(commit, run, failed)
@@ -156,14 +169,17 @@ class RoundStore:
         lease: str,
         run: StoredRun,
         round_: StoredRound,
-        adapter: StoredAdapter,
-        moments: Tensors,
+        made: Sequence[Made],
         after: StoredRound,
     ) -> None:
-        """The merged adapter, what a server optimiser carries on, and who is to evaluate it."""
+        """What the strategy that leads made of the updates, what its shadows did, and who is to
+        evaluate it."""
+        leader, *shadows = made
         commit = Commit(lease).expect(keys.run(run.name), "state", run.state)
-        self._adapters.put(commit, run.name, round_.number, adapter)
-        self._adapters.put_moments(commit, run.name, round_.number, moments)
+        self._adapters.put(commit, run.name, round_.number, leader.adapter)
+        self._adapters.put_moments(commit, run.name, round_.number, leader.moments, after.handed)
+        if shadows:
+            self._adapters.put_shadows(commit, run.name, round_.number, shadows)
         self._write(commit, run, round_, after)
         await self._db.commit(commit)
 
@@ -181,8 +197,10 @@ class RoundStore:
         amounts = {kind: int(amount) for kind, amount in sorted(counted.items())}
         seen = await self.with_clients(run.name, after)
         self._write(commit, run, round_, replace(seen, bytes=amounts))
-        expire_updates(commit, run.name, round_, seen.clients.submitted)
+        await self._runs.expire_updates(commit, run.name, round_.number, round_.attempt)
         await self._adapters.retain(commit, changed, round_.number)
+        if after.shadows:
+            self._adapters.drop_shadows(commit, run.name)
         self._runs.change(commit, run, changed)
         await self._db.commit(commit)
 
@@ -195,6 +213,21 @@ class RoundStore:
         commit.set_fields(key, ROUND.dump(written))
         commit.do("ZADD", keys.rounds(run.name), after.number, after.number)
         commit.tell(run.name, "round", ROUND.public(written))
+
+
+def _still_at_work(round_: StoredRound) -> list[str]:
+    """Who was overtaken by the updates that a round wanted: too late, but neither lost nor refused.
+    Nobody, where it is the deadline that ends it."""
+    clients = round_.clients
+    if not 0 < round_.wanted <= len(clients.submitted):
+        return []
+    others = {*clients.submitted, *clients.late, *clients.refused, *clients.lost}
+    return sorted(set(clients.selected) - others)
+
+
+def _senders(parts: list[bytes]) -> tuple[str, ...]:
+    """Clients of updates; one may have two that are part of an asynchronous round."""
+    return tuple(sorted({item.decode().partition("@")[0] for item in parts}))
 
 
 def _ids(found: set[bytes] | list[bytes]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 
 from fednano.coordinator import keys
@@ -129,9 +129,11 @@ class RunStore:
             round_ = ROUND.load(await self._db.hash(key))
         except ValueError:  # there is none, or it is damaged, perhaps why the run is given up
             return
+        if run.config.asynchronous is not None:
+            await self._expire_next(commit, run.name, round_)
         if round_.state not in _OPEN_ROUNDS:
             return
-        await self._expire_updates(commit, run.name, round_)
+        await self.expire_updates(commit, run.name, round_.number, round_.attempt)
         closed = replace(
             round_,
             state=RoundState.FAILED,
@@ -142,11 +144,19 @@ class RunStore:
         commit.expect(key, "version", str(round_.version))
         commit.set_fields(key, ROUND.dump(closed)).tell(run.name, "round", ROUND.public(closed))
 
-    async def _expire_updates(self, commit: Commit, name: str, round_: StoredRound) -> None:
-        key = keys.submitted(name, round_.number, round_.attempt)
-        clients = [client.decode() for client in await self._db.call("HKEYS", key)]
-        commit.expect_size(key, len(clients))
-        expire_updates(commit, name, round_, clients)
+    async def _expire_next(self, commit: Commit, name: str, round_: StoredRound) -> None:
+        """Of an asynchronous run, those that came for what would have been opened next."""
+        for place in ((round_.number, round_.attempt + 1), (round_.number + 1, 1)):
+            await self.expire_updates(commit, name, *place)
+
+    async def expire_updates(self, commit: Commit, name: str, number: int, attempt: int) -> None:
+        """Adds to `commit` that the updates of the round's attempt end soon, and that none has been
+        added to them."""
+        key = keys.submitted(name, number, attempt)
+        parts = [item.decode() for item in await self._db.call("HKEYS", key)]
+        commit.expect_size(key, len(parts))
+        for part in parts:
+            commit.do("EXPIRE", keys.update(name, number, attempt, part), UPDATE_SECONDS)
 
     def change(self, commit: Commit, before: StoredRun, after: StoredRun) -> StoredRun:
         """Adds to `commit` that the run becomes `after`, if it still is `before`."""
@@ -159,7 +169,7 @@ class RunStore:
         commit.tell(before.name, "run", RUN.public(written), "run" if moved else keys.SEATS)
         if written.state.ended:
             commit.do("SREM", keys.ACTIVE, before.name)
-            commit.do("DEL", keys.moments(before.name))
+            commit.do("DEL", *keys.passing(before.name, len(before.config.shadows)))
             commit.do("PUBLISH", keys.ACTIVE_BELL, "ended")
         return written
 
@@ -249,13 +259,6 @@ def checked_event_id(event: str) -> str:
     if found is None or any(int(part) >= _EVENT_ID_END for part in found.groups("0")):
         raise InvalidRequest.of("after", "an event id, <milliseconds>-<number>", repr(event))
     return event
-
-
-def expire_updates(commit: Commit, name: str, round_: StoredRound, clients: Iterable[str]) -> None:
-    """Adds to `commit` that these clients' updates of the round's attempt end soon."""
-    for client in clients:
-        key = keys.update(name, round_.number, round_.attempt, client)
-        commit.do("EXPIRE", key, UPDATE_SECONDS)
 
 
 def same_run(existing: StoredRun, config: RunConfig) -> RunRecord:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import redis
@@ -17,13 +17,13 @@ from redis.retry import Retry
 
 from fednano.coordinator import keys
 from fednano.coordinator.database import ANSWER_SECONDS, Database
-from fednano.coordinator.records import LedgerRow, Tensors
+from fednano.coordinator.records import LedgerRow, LedgerTotals, Tensors
 from fednano.coordinator.store_adapters import ByteRange, Places, pack_tensors
 from fednano.coordinator.store_members import Spent
 from fednano.coordinator.strategies import Floats, Span, mean_of
 from fednano.wire.errors import InvalidRequest, SessionEnded, Unavailable
 
-_CLIENT_FIELDS = ("client_seconds", "server_seconds")
+_SECONDS = ("client_seconds", "server_seconds")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,16 @@ class Sender:
     session: str
     round: int
     attempt: int
+    request: str = ""  # the call's name: what it cost counts once, however often it is repeated
+
+
+class Claim(NamedTuple):
+    """What became of an update or an evaluation, whether its costs were counted, and why it was late
+    where that isn't told by the word."""
+
+    result: str
+    counted: bool
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ class UpdateMeta:
     auxiliary: list[str] = field(default_factory=list)  # names of those that aren't the adapter
     layout: list[list[Any]] = field(default_factory=list)
     means: dict[str, float] = field(default_factory=dict)  # of the auxiliary tensors
+    staleness: int = 0  # merges since it started, in an asynchronous run
 
 
 @dataclass(frozen=True)
@@ -70,8 +81,9 @@ class UpdateStore:
         meta: UpdateMeta,
         spent: Spent,
         refusal: str = "",
-    ) -> str:
-        """accepted, duplicate, late, refused, or stranger (not of the cohort). All or nothing.
+    ) -> Claim:
+        """accepted, duplicate, late, refused, or stranger (not of the cohort; its costs don't count).
+        All or nothing.
 
         Raises SessionEnded.
         """
@@ -80,7 +92,6 @@ class UpdateStore:
         if not refusal:
             complete, data = await asyncio.to_thread(packed_update, tensors, meta)
             row = asdict(complete)
-        member = keys.ledger_member(number, sender.client)
         names = [
             keys.run(run),
             keys.round_(run, number),
@@ -91,34 +102,32 @@ class UpdateStore:
             keys.refused(run, number, attempt),
             keys.late(run, number, attempt),
             keys.events(run),
-            *_ledger_keys(run, number, member),
+            *keys.ledger(run, number, sender.client),
         ]
         told = {"round": number, "attempt": attempt, "client": sender.client}
         known = {"samples": meta.samples, "metrics": meta.metrics}
         arguments = [
             *(sender.client, sender.session, number, attempt),
-            *(refusal, json.dumps(row), data, keys.bell(run), member),
-            *(repr(spent.client_seconds), repr(spent.server_seconds)),
+            *(refusal, json.dumps(row), data, keys.bell(run)),
             json.dumps({**told, **known, "result": "accepted"}),
             json.dumps({**told, "result": "late"}),
             json.dumps({**told, "result": "refused", "reason": refusal}),
-            *spent.pairs(),
+            *costs_of("update", sender, spent),
         ]
-        return _result(await self._db.script("CLAIM_UPDATE", names, arguments))
+        return claim_of(await self._db.script("CLAIM_UPDATE", names, arguments))
 
     async def claim_evaluation(
-        self, sender: Sender, evaluation: EvaluationMeta, spent: Spent
-    ) -> str:
-        """accepted, duplicate or late. Raises SessionEnded."""
+        self, sender: Sender, evaluation: EvaluationMeta, spent: Spent, refusal: str = ""
+    ) -> Claim:
+        """accepted, duplicate, late or refused. Raises SessionEnded."""
         run, number = sender.run, sender.round
-        member = keys.ledger_member(number, sender.client)
         names = [
             keys.run(run),
             keys.round_(run, number),
             keys.client(run, sender.client),
             keys.evaluations(run, number),
             keys.events(run),
-            *_ledger_keys(run, number, member),
+            *keys.ledger(run, number, sender.client),
         ]
         body = {
             "role": evaluation.role,
@@ -127,15 +136,14 @@ class UpdateStore:
         }
         arguments = [
             *(sender.client, sender.session, number, sender.attempt),
-            *(json.dumps(body), keys.bell(run), member),
-            *(repr(spent.client_seconds), repr(spent.server_seconds)),
+            *(refusal, json.dumps(body), keys.bell(run)),
             json.dumps({"round": number, "client": sender.client, **body}),
-            *spent.pairs(),
+            *costs_of("evaluation", sender, spent),
         ]
-        return _result(await self._db.script("CLAIM_EVALUATION", names, arguments))
+        return claim_of(await self._db.script("CLAIM_EVALUATION", names, arguments))
 
     async def accepted(self, run: str, number: int, attempt: int) -> dict[str, UpdateMeta]:
-        """Metadata of the accepted updates, by client id in order."""
+        """Metadata of the accepted updates, by client id in order (in an asynchronous run, by part)."""
         found = await self._db.hash(keys.submitted(run, number, attempt))
         return {client: UpdateMeta(**json.loads(found[client])) for client in sorted(found)}
 
@@ -170,20 +178,26 @@ class UpdateStore:
         found = await self._db.hash(keys.evaluations(run, number))
         return {client: EvaluationMeta(**json.loads(found[client])) for client in sorted(found)}
 
-    async def ledger(self, run: str, cursor: str, limit: int) -> tuple[list[LedgerRow], str]:
-        """By round and client, and the cursor of the next page or ""."""
-        start = f"({checked_row(cursor)}" if cursor else "-"
+    async def ledger(
+        self, run: str, cursor: str, limit: int, number: int | None = None
+    ) -> tuple[list[LedgerRow], str]:
+        """By round and client, of one round or of all; and the cursor of the next page or ""."""
+        start, end = "-", "+"
+        if number is not None:
+            start, end = (f"({keys.ledger_member(n, '')}" for n in (number, number + 1))
+        if cursor:
+            start = f"({checked_row(cursor)}"
         found = await self._db.call(
-            "ZRANGEBYLEX", keys.ledger_index(run), start, "+", "LIMIT", 0, limit
+            "ZRANGEBYLEX", keys.ledger_index(run), start, end, "LIMIT", 0, limit
         )
         members = [item.decode() for item in found]
         hashes = await self._db.hashes([keys.ledger_row(run, member) for member in members])
         rows = [_row(member, fields) for member, fields in zip(members, hashes, strict=True)]
         return rows, members[-1] if len(members) == limit else ""
 
-    async def ledger_totals(self, run: str) -> dict[str, dict[str, int]]:
+    async def ledger_totals(self, run: str) -> LedgerTotals:
         found = await self._db.hash(keys.ledger_totals(run))
-        return {"sent": _kinds(found, "sent"), "received": _kinds(found, "received")}
+        return LedgerTotals(_kinds(found, "sent"), _kinds(found, "received"), *_seconds(found))
 
 
 class StoredUpdates:
@@ -249,6 +263,7 @@ class StoredUpdate:
     ) -> None:
         self.client = client
         self.samples = meta.samples
+        self.staleness = meta.staleness
         self.key = key
         self._meta = meta
         self._places = Places(meta.layout)
@@ -308,20 +323,17 @@ def checked_row(cursor: str) -> str:
     return cursor
 
 
-def _ledger_keys(run: str, number: int, member: str) -> tuple[str, str, str, str]:
-    return (
-        keys.ledger_index(run),
-        keys.ledger_row(run, member),
-        keys.ledger_totals(run),
-        keys.round_bytes(run, number),
-    )
+def costs_of(rpc: str, sender: Sender, spent: Spent) -> list[str | int]:
+    """As a script counts them."""
+    member = keys.ledger_member(sender.round, sender.client)
+    return [member, f"{rpc}/{sender.client}", sender.request, *spent.arguments()]
 
 
-def _result(found: bytes) -> str:
-    result = found.decode()
+def claim_of(found: tuple[bytes, int]) -> Claim:
+    result = found[0].decode()
     if result == "session":
         raise SessionEnded("this session has ended: another process joined under the client id")
-    return result
+    return Claim(result, bool(found[1]))
 
 
 def _kinds(fields: dict[str, str], direction: str) -> dict[str, int]:
@@ -333,9 +345,12 @@ def _kinds(fields: dict[str, str], direction: str) -> dict[str, int]:
     }
 
 
+def _seconds(fields: dict[str, str]) -> Iterator[float]:
+    return (float(fields.get(name, 0)) for name in _SECONDS)
+
+
 def _row(member: str, fields: dict[str, str]) -> LedgerRow:
     number, _, client = member.partition("/")
-    seconds = (float(fields.get(name, 0)) for name in _CLIENT_FIELDS)
     return LedgerRow(
-        int(number), client, _kinds(fields, "sent"), _kinds(fields, "received"), *seconds
+        int(number), client, _kinds(fields, "sent"), _kinds(fields, "received"), *_seconds(fields)
     )

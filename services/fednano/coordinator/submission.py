@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +14,12 @@ from fednano.coordinator.metrics import KINDS
 from fednano.coordinator.records import Tensors
 from fednano.coordinator.store_members import Spent
 from fednano.coordinator.store_updates import UpdateMeta
-from fednano.coordinator.strategies import FISHER, Strategy
+from fednano.coordinator.strategies import CONTROL, FISHER, Strategy
 from fednano.wire.codec import FLOATS, Array, Payload
 from fednano.wire.coordinator_pb2 import Costs, SubmitHead, SubmitRequest
 from fednano.wire.errors import InvalidRequest
+from fednano.wire.low_rank import DOWN, cut
+from fednano.wire.run_config import RunConfig
 from fednano.wire.tensor_pb2 import DType, TensorSpec
 
 _MAX_METRICS = 100
@@ -41,9 +43,28 @@ class Rules:
     """What an update of this round must look like."""
 
     base_digest: str
-    base: Tensors
-    strategy: Strategy
+    base: Tensors  # as much of it as the client trains
+    strategies: Sequence[Strategy]  # the one that leads, and its shadows
     max_norm: float  # times max(1, norm of the base)
+
+    @property
+    def auxiliary(self) -> tuple[str, ...]:
+        """Names of the tensors that any of them needs beside the adapter."""
+        needed = (name for one in self.strategies for name in one.auxiliary(self.base))
+        return tuple(dict.fromkeys(needed))
+
+
+def started_from(base: Tensors, config: RunConfig, member: int | None) -> Tensors:
+    """What the member of this index trains and sends back, as its training starts: the round's
+    adapter, cut to its rank where members have their own. With `flora` it is what they add to that;
+    they draw their A by themselves, so 0 stands for it."""
+    rank = config.adapter.rank_of(member or 0)
+    if config.strategy.name == "flora":
+        return {
+            name: np.zeros((rank, d) if name.endswith(DOWN) else (d, rank), np.float32)
+            for name, d in ((name, max(tensor.shape)) for name, tensor in base.items())
+        }
+    return cut(base, rank) if config.adapter.ranks else base
 
 
 async def receive_head(stream: AsyncIterator[SubmitRequest]) -> SubmitHead:
@@ -76,11 +97,10 @@ def update_meta(head: SubmitHead, rules: Rules) -> UpdateMeta:
         raise Refused(_text("base", f"the digest {rules.base_digest}", head.base or "nothing"))
     if not 1 <= head.samples <= _MAX_SAMPLES:
         raise Refused(_text("samples", f"1 to {_MAX_SAMPLES}", head.samples))
-    wanted = {FISHER + name: name for name in rules.base}
-    needed = rules.strategy.auxiliary(rules.base)
+    needed = rules.auxiliary
     shapes = {name: array.shape for name, array in rules.base.items()}
     _check_specs("tensors", head.tensors, shapes)
-    _check_specs("auxiliary", head.auxiliary, {name: shapes[wanted[name]] for name in needed})
+    _check_specs("auxiliary", head.auxiliary, {name: shapes[_partner_of(name)] for name in needed})
     try:
         metrics = metrics_of(head.metrics)
     except InvalidRequest as error:
@@ -93,11 +113,19 @@ def checked(head: SubmitHead, payload: Payload, digest: str, rules: Rules) -> Te
     if digest != head.digest:
         raise Refused(_text("digest", head.digest or "the SHA-256 of the chunks", digest))
     arrays = {name: _floats(name, array) for name, array in payload.arrays().items()}
-    for name in rules.strategy.auxiliary(rules.base):
-        if (arrays[name] < 0).any():
+    needed = rules.auxiliary
+    for name in needed:
+        if name.startswith(FISHER) and (arrays[name] < 0).any():
             raise Refused(_text(name, "squares, so 0 or more", "negative numbers"))
     _check_norm(arrays, rules)
+    controls = [arrays[name] for name in needed if name.startswith(CONTROL)]
+    _check_length(f"norm of {CONTROL}*", controls, rules.max_norm)
     return arrays
+
+
+def _partner_of(name: str) -> str:
+    """The adapter's tensor that an auxiliary one goes with, such as `text.up` of `fisher.text.up`."""
+    return name.partition(".")[2]
 
 
 def _floats(name: str, array: Array) -> NDArray[np.float32]:
@@ -125,11 +153,19 @@ def _check_specs(
 
 def _check_norm(arrays: Tensors, rules: Rules) -> None:
     """The step that the client took must not be absurd."""
-    step = math.sqrt(sum(_square(arrays[name] - rules.base[name]) for name in rules.base))
-    norm = math.sqrt(sum(_square(base) for base in rules.base.values()))
-    limit = rules.max_norm * max(1.0, norm)
-    if step > limit:
-        raise Refused(_text("norm of (update - base)", f"at most {limit:.6g}", f"{step:.6g}"))
+    step = [arrays[name] - rules.base[name] for name in rules.base]
+    limit = rules.max_norm * max(1.0, _norm(rules.base.values()))
+    _check_length("norm of (update - base)", step, limit)
+
+
+def _check_length(what: str, arrays: Iterable[NDArray[np.float32]], limit: float) -> None:
+    norm = _norm(arrays)
+    if norm > limit:
+        raise Refused(_text(what, f"at most {limit:.6g}", f"{norm:.6g}"))
+
+
+def _norm(arrays: Iterable[NDArray[np.float32]]) -> float:
+    return math.sqrt(sum(map(_square, arrays)))
 
 
 def _square(array: NDArray[np.float32]) -> float:

@@ -65,9 +65,7 @@ def _clients_table(clients: list[Record]) -> Table:
     return table
 
 
-def result_tables(
-    run: Record, rounds: list[Record], totals: dict[str, dict[str, int]]
-) -> list[RenderableType]:
+def result_tables(run: Record, rounds: list[Record], totals: Record) -> list[RenderableType]:
     """Everything that the demo is about: accuracy before and after, own data, bytes, seconds."""
     done = [r for r in rounds if r["state"] == "done"]
     return [rounds_table(done), _summary(run, done), _own_table(done), _bytes_table(totals)]
@@ -98,9 +96,14 @@ def _own_table(done: list[Record]) -> Table:
     return table
 
 
-def _bytes_table(totals: dict[str, dict[str, int]]) -> Table:
-    table = Table("bytes of all clients", "sent", "received")
-    sent, received = Counter(totals.get("sent", {})), Counter(totals.get("received", {}))
+def _bytes_table(totals: Record) -> Table:
+    spent = (
+        f"{totals.get('client_seconds', 0):.0f} s of CPU by all clients,"
+        f" {totals.get('server_seconds', 0):.0f} s by the LLM for them"
+    )
+    table = Table("bytes of all clients", "sent", "received", caption=spent)
+    sent: Counter[str] = Counter(totals.get("sent", {}))
+    received: Counter[str] = Counter(totals.get("received", {}))
     for kind in sorted(sent.keys() | received.keys()):
         table.add_row(kind, f"{sent[kind]:,}", f"{received[kind]:,}")
     table.add_section()

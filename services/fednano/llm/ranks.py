@@ -288,8 +288,10 @@ async def kept_together(
         yield
         return
     watching = asyncio.create_task(_watch(leader, worker, give_up))
-    yield
-    watching.cancel()
+    try:
+        yield
+    finally:
+        watching.cancel()
 
 
 async def _watch(leader: LeadingLLM, worker: Worker, give_up: Callable[[], None]) -> None:

@@ -100,10 +100,12 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
             embeddings = requests.announced(head.embeddings, self._limits)
             positions = requests.positions(head.positions, embeddings.tokens, self._limits)
             sequences = (await self._exchange.received(incoming, embeddings)).sequences
-            found = await self._forwarded(head, sequences, positions)
+            found, job = await self._forwarded(head, sequences, positions)
             self._metrics.tokens("Forward", embeddings.tokens)
             body = Packed.of("logits", found.logits, FP32)
-            result = llm_pb2.ForwardResult(activation=found.activation, logits=body.spec)
+            result = llm_pb2.ForwardResult(
+                activation=found.activation, logits=body.spec, spent=_spent(job)
+            )
             yield self._exchange.counted(llm_pb2.ForwardReply(result=result))
             for chunk in self._exchange.chunks("logits", body):
                 yield llm_pb2.ForwardReply(chunk=chunk)
@@ -123,12 +125,13 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
                 found = self._engine.backward(head.activation, above, sequences, asked.positions)
                 return packed("gradient", found, dtype)
 
-            body, _ = await self._exchange.compute(
+            body, job = await self._exchange.compute(
                 "Backward", backward, head.header, asked.spec.shape[0]
             )
             self._metrics.tokens("Backward", body.spec.shape[0])
             dense = llm_pb2.DenseForm(values=body.spec)
-            reply = llm_pb2.BackwardReply(gradient=llm_pb2.Gradient(dense=dense))
+            gradient = llm_pb2.Gradient(dense=dense)
+            reply = llm_pb2.BackwardReply(gradient=gradient, spent=_spent(job))
             yield self._exchange.counted(reply)
             for chunk in self._exchange.chunks("gradients", body):
                 yield llm_pb2.BackwardReply(chunk=chunk)
@@ -148,8 +151,11 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
             received = await self._exchange.received(incoming, embeddings)
 
             def finish(found: StepResult) -> tuple[StepResult, PackedGradient]:
-                _check_losses(found.loss_sums)
-                return found, packed_gradient(received, found.gradient, dtype, head.want_fisher)
+                # Copied here: a copy from a GPU waits for what runs there, and the loop would with it.
+                losses, counts = found.loss_sums.cpu(), found.token_counts.cpu()
+                _check_losses(losses)
+                gradient = packed_gradient(received, found.gradient, dtype, head.want_fisher)
+                return StepResult(losses, counts, found.gradient), gradient
 
             work = Steps(self._engine.step, received.sequences, labels, weights)
             (found, (gradient, bodies)), job = await self._exchange.joined(
@@ -157,8 +163,8 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
             )
             self._metrics.tokens("ForwardBackward", embeddings.tokens)
             result = llm_pb2.ForwardBackwardResult(
-                loss_sums=codec.encode(found.loss_sums.cpu().numpy()),
-                token_counts=codec.encode(found.token_counts.cpu().numpy()),
+                loss_sums=codec.encode(found.loss_sums.numpy()),
+                token_counts=codec.encode(found.token_counts.numpy()),
                 gradient=gradient,
                 spent=_spent(job),
             )
@@ -184,9 +190,9 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
             )
             self._metrics.tokens("Score", embeddings.tokens)
             reply = llm_pb2.ScoreReply(
-                loss_sums=codec.encode(found.loss_sums.cpu().numpy()),
-                token_counts=codec.encode(found.token_counts.cpu().numpy()),
-                correct_counts=codec.encode(found.correct_counts.cpu().numpy()),
+                loss_sums=codec.encode(found.loss_sums.numpy()),
+                token_counts=codec.encode(found.token_counts.numpy()),
+                correct_counts=codec.encode(found.correct_counts.numpy()),
                 spent=_spent(job),
             )
             return self._exchange.counted(reply)
@@ -243,20 +249,18 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
 
     async def _forwarded(
         self, head: llm_pb2.ForwardHead, sequences: Sequences, positions: torch.Tensor
-    ) -> ForwardResult:
+    ) -> tuple[ForwardResult, Job[ForwardResult]]:
         """A pass of which nothing is kept may share its batch; a kept graph is one request's own."""
         if head.keep:
-            found, _ = await self._exchange.compute(
+            return await self._exchange.compute(
                 "Forward",
                 lambda: self._engine.forward(sequences, positions),
                 head.header,
                 len(sequences.values),
             )
-            return found
         forward = partial(self._engine.forward, keep=False)
         work = Logits(forward, sequences, positions)
-        found, _ = await self._exchange.joined("Forward", work, head.header, lambda found: found)
-        return found
+        return await self._exchange.joined("Forward", work, head.header, lambda found: found)
 
     async def _announced(self, message: llm_pb2.Embeddings) -> Announced | Factors:
         """The first message's embeddings, dense or factored. Raises UnknownBase."""
@@ -299,8 +303,10 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
 
 
 def _checked(found: ScoreResult) -> ScoreResult:
-    _check_losses(found.loss_sums)
-    return found
+    """Copied to the CPU off the event loop."""
+    losses, counts = found.loss_sums.cpu(), found.token_counts.cpu()
+    _check_losses(losses)
+    return ScoreResult(losses, counts, found.correct_counts.cpu())
 
 
 def _check_losses(loss_sums: torch.Tensor) -> None:

@@ -101,7 +101,7 @@ class NextTaskReply(_message.Message):
     def __init__(self, train: _Optional[_Union[TrainTask, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateTask, _Mapping]] = ..., wait: _Optional[_Union[Wait, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
 
 class TrainTask(_message.Message):
-    __slots__ = ("round", "attempt", "adapter", "hyper_json", "deadline_ms", "shard", "of", "auxiliary")
+    __slots__ = ("round", "attempt", "adapter", "hyper_json", "deadline_ms", "shard", "of", "auxiliary", "rank")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +110,7 @@ class TrainTask(_message.Message):
     SHARD_FIELD_NUMBER: _ClassVar[int]
     OF_FIELD_NUMBER: _ClassVar[int]
     AUXILIARY_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
     round: int
     attempt: int
     adapter: str
@@ -118,7 +119,8 @@ class TrainTask(_message.Message):
     shard: int
     of: int
     auxiliary: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ..., adapter: _Optional[str] = ..., hyper_json: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., shard: _Optional[int] = ..., of: _Optional[int] = ..., auxiliary: _Optional[_Iterable[str]] = ...) -> None: ...
+    rank: int
+    def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ..., adapter: _Optional[str] = ..., hyper_json: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., shard: _Optional[int] = ..., of: _Optional[int] = ..., auxiliary: _Optional[_Iterable[str]] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class EvaluateTask(_message.Message):
     __slots__ = ("round", "attempt", "adapters", "deadline_ms", "shard", "of")

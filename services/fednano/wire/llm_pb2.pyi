@@ -178,12 +178,14 @@ class ForwardReply(_message.Message):
     def __init__(self, result: _Optional[_Union[ForwardResult, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
 class ForwardResult(_message.Message):
-    __slots__ = ("activation", "logits")
+    __slots__ = ("activation", "logits", "spent")
     ACTIVATION_FIELD_NUMBER: _ClassVar[int]
     LOGITS_FIELD_NUMBER: _ClassVar[int]
+    SPENT_FIELD_NUMBER: _ClassVar[int]
     activation: str
     logits: _tensor_pb2.TensorSpec
-    def __init__(self, activation: _Optional[str] = ..., logits: _Optional[_Union[_tensor_pb2.TensorSpec, _Mapping]] = ...) -> None: ...
+    spent: Spent
+    def __init__(self, activation: _Optional[str] = ..., logits: _Optional[_Union[_tensor_pb2.TensorSpec, _Mapping]] = ..., spent: _Optional[_Union[Spent, _Mapping]] = ...) -> None: ...
 
 class BackwardRequest(_message.Message):
     __slots__ = ("head", "chunk")
@@ -210,12 +212,14 @@ class BackwardHead(_message.Message):
     def __init__(self, header: _Optional[_Union[_tensor_pb2.Header, _Mapping]] = ..., activation: _Optional[str] = ..., logits_gradient: _Optional[_Union[_tensor_pb2.TensorSpec, _Mapping]] = ..., positions: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., embeddings: _Optional[_Union[Embeddings, _Mapping]] = ..., gradient_dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ...) -> None: ...
 
 class BackwardReply(_message.Message):
-    __slots__ = ("gradient", "chunk")
+    __slots__ = ("gradient", "chunk", "spent")
     GRADIENT_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    SPENT_FIELD_NUMBER: _ClassVar[int]
     gradient: Gradient
     chunk: bytes
-    def __init__(self, gradient: _Optional[_Union[Gradient, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+    spent: Spent
+    def __init__(self, gradient: _Optional[_Union[Gradient, _Mapping]] = ..., chunk: _Optional[bytes] = ..., spent: _Optional[_Union[Spent, _Mapping]] = ...) -> None: ...
 
 class Gradient(_message.Message):
     __slots__ = ("dense", "factored")

@@ -35,12 +35,12 @@ export const runPath = (run) => `/runs/${encodeURIComponent(run)}`;
 export const roundsUrl = (run) => `${BASE}${runPath(run)}/rounds`;
 export const eventsUrl = (run) => `${BASE}${runPath(run)}/events?after=now`;
 
-/** All items of a paged list. */
-export async function all(path) {
+/** All items of a paged list; `query` chooses among them. */
+export async function all(path, query = "") {
   const items = [];
   let cursor = "";
   do {
-    const page = await get(`${path}?limit=1000&cursor=${encodeURIComponent(cursor)}`);
+    const page = await get(`${path}?${query}&limit=1000&cursor=${encodeURIComponent(cursor)}`);
     items.push(...page.items);
     cursor = page.next;
   } while (cursor);

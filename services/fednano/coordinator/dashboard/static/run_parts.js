@@ -1,18 +1,24 @@
 // What a run's page is made of below the tiles: charts, clients, traffic, rounds, configuration.
 
 import { Chart } from "./chart.js";
-import { bar, chip, h, panel, row, table } from "./dom.js";
+import { bar, chip, h, panel, row, setText, table } from "./dom.js";
 import { ago, bytes, duration, score, seconds, total } from "./format.js";
 
 const MOST_LINES = 4;
 const NEWEST_ROUNDS = 50;
+const SHADOWS = "One-step counterfactuals: every round each shadow merges the same updates, from the leader's adapter. "
+  + "Its curve is not that of a run of its own; independent runs decide results.";
 
 export class Charts {
   constructor() {
     this.accuracy = new Chart("Accuracy", "share correct", score);
     this.loss = new Chart("Loss", "nats per token", (value) => String(Number(value.toPrecision(3))));
     this.seconds = new Chart("Seconds per round", "seconds", (value) => String(Number(value.toPrecision(3))), true);
-    this.element = h("div", { class: "charts" }, this.accuracy.element, this.loss.element, this.seconds.element);
+    this.shadows = new Chart("Shadows, one step from the leader", "share correct", score);
+    this.shadows.element.append(h("p", { class: "note" }, SHADOWS));
+    this.shadows.element.classList.add("shadows");
+    this.shadows.element.hidden = true;
+    this.element = h("div", { class: "charts" }, this.accuracy.element, this.loss.element, this.seconds.element, this.shadows.element);
   }
 
   show(rounds) {
@@ -23,6 +29,17 @@ export class Charts {
     this.loss.show([line(rounds, "loss", "test"), line(rounds, "train_loss", "training")]);
     const timed = rounds.filter((round) => duration(round) !== null);
     this.seconds.show([{ name: "seconds", points: timed.map((round) => [round.number, duration(round)]) }]);
+    this.showShadows(rounds.filter((round) => round.shadows.length));
+  }
+
+  /** Rounds that have shadows: the accuracy of the strategy that leads, then of each shadow. */
+  showShadows(rounds) {
+    this.shadows.element.hidden = !rounds.length;
+    if (!rounds.length) return;
+    const { strategy, shadows } = rounds.at(-1);
+    const of = (i) => rounds.map((round) => ({ number: round.number, metrics: round.shadows[i].metrics }));
+    const beside = shadows.map(({ label }, i) => line(of(i), "accuracy", `${label}, shadow`));
+    this.shadows.show([line(rounds, "accuracy", `${strategy}, leads`), ...beside]);
   }
 }
 
@@ -41,8 +58,9 @@ export class ClientsTable {
 
   show(clients, rounds) {
     const own = Object.assign({}, ...rounds.map((round) => round.own));
+    const since = ({ joined_round: round }) => (round ? h("span", { class: "note" }, ` since round ${round}`) : null);
     const rows = clients.map((client) => row(CLIENTS, [
-      client.id,
+      h("span", {}, client.id, since(client)),
       chip(client.state),
       client.doing || "–",
       bar(client.progress, `${client.id}: ${Math.round(client.progress * 100)} % of ${client.doing || "nothing"}`),
@@ -60,10 +78,12 @@ const TRAFFIC = [["kind"], ["sent", "num"], ["received", "num"]];
 export class Traffic {
   constructor() {
     this.table = table("Bytes by kind", TRAFFIC);
-    this.element = panel("Bytes by kind", this.table.element);
+    this.compute = h("p", { class: "note" });
+    this.element = panel("Bytes by kind", this.table.element, this.compute);
   }
 
-  show({ sent, received }) {
+  show({ sent, received, client_seconds: own, server_seconds: llm }) {
+    setText(this.compute, `Compute: ${seconds(own)} of the clients' CPUs, ${seconds(llm)} of the LLM service.`);
     const kinds = [...new Set([...Object.keys(sent), ...Object.keys(received)])];
     const size = (kind) => (sent[kind] || 0) + (received[kind] || 0);
     kinds.sort((a, b) => size(b) - size(a));
@@ -112,13 +132,22 @@ function roundRows(round, base) {
     chip(round.state),
     score(metrics.accuracy),
     score(metrics.loss),
-    ...["selected", "submitted", "late", "refused", "lost"].map((kind) => people(clients[kind])),
+    people(clients.selected),
+    h("span", {}, people(clients.submitted), outOf(round)),
+    ...["late", "refused", "lost"].map((kind) => people(clients[kind])),
     took === null ? "–" : seconds(took),
     bytes(total(round.bytes)),
     round.adapter_digest ? adapterLink(round, base) : "–",
   ]);
   if (!round.failure) return [cells];
   return [cells, h("tr", { class: "why" }, h("td", { colspan: ROUNDS.length }, h("div", { class: "stick" }, `Round ${round.number}: ${round.failure}`)))];
+}
+
+/** Where a round doesn't want one update of each that was selected: how many, and how stale they were. */
+function outOf({ wanted, clients, metrics }) {
+  if (!wanted || wanted === clients.selected.length) return null;
+  const stale = Number.isFinite(metrics.staleness) ? `merges missed on average: ${score(metrics.staleness)}` : null;
+  return h("span", { class: "note", title: stale }, ` of ${wanted}`);
 }
 
 function adapterLink(round, base) {
@@ -133,7 +162,8 @@ export class Settings {
   }
 
   show(config) {
-    const flat = (value, path) => (value !== null && typeof value === "object" && !Array.isArray(value)
+    const nested = (value) => value !== null && typeof value === "object" && (!Array.isArray(value) || value.some(nested));
+    const flat = (value, path) => (nested(value)
       ? Object.entries(value).flatMap(([key, inner]) => flat(inner, path ? `${path}.${key}` : key))
       : [[path, Array.isArray(value) ? value.join(", ") : String(value)]]);
     const pairs = flat(config, "").map(([key, value]) => h("div", {}, h("dt", {}, key), h("dd", {}, value || "–")));

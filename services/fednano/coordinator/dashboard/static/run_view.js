@@ -4,6 +4,7 @@
 import { all, get, post, roundsUrl, runPath } from "./api.js";
 import { chip, h, setText } from "./dom.js";
 import { score } from "./format.js";
+import { Ledger } from "./ledger.js";
 import { follow } from "./live.js";
 import { Charts, ClientsTable, RoundsTable, Settings, Traffic } from "./run_parts.js";
 import { Tiles } from "./tiles.js";
@@ -26,7 +27,7 @@ export class RunView {
     this.staleRounds = new Set();
     this.rounds = new Map();
     this.clients = [];
-    this.totals = { sent: {}, received: {} };
+    this.totals = { sent: {}, received: {}, client_seconds: 0, server_seconds: 0 };
   }
 
   start() {
@@ -53,8 +54,9 @@ export class RunView {
     this.parts = {
       tiles: new Tiles(), charts: new Charts(), clients: new ClientsTable(),
       traffic: new Traffic(), rounds: new RoundsTable(), settings: new Settings(),
+      ledger: new Ledger((number) => all(`${runPath(this.name)}/ledger`, `round=${number}`)),
     };
-    const { tiles, charts, clients, traffic, rounds, settings } = this.parts;
+    const { tiles, charts, clients, traffic, rounds, ledger, settings } = this.parts;
     this.chip = h("span");
     this.buttons = h("div", { class: "buttons" });
     this.failure = h("p", { class: "banner", role: "alert", hidden: true });
@@ -63,7 +65,7 @@ export class RunView {
       h("div", { class: "title" }, h("h1", {}, this.name), this.chip, this.buttons),
       this.failure, this.notice, tiles.element, charts.element,
       h("div", { class: "pair" }, clients.element, traffic.element),
-      rounds.element, settings.element,
+      rounds.element, ledger.element, settings.element,
     );
   }
 
@@ -152,6 +154,7 @@ export class RunView {
     this.parts.clients.show(clients, rounds);
     this.parts.traffic.show(totals);
     this.parts.rounds.show(rounds, roundsUrl(this.name));
+    this.parts.ledger.show(rounds);
     this.parts.settings.show(run.config);
   }
 
