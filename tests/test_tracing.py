@@ -212,7 +212,7 @@ async def test_a_submission_s_trace_reaches_into_the_coordinator(
     def submit() -> None:
         head = pb.SubmitHead(header=client.header(member, task), base="none", samples=1)
         with tracing.working("train", IDS), pytest.raises(FedNanoError):
-            client.submit(head, {"text.down": np.zeros((1, 8), np.float32)}, {}, 1.0)
+            client.submit(head, {"text.down": np.zeros((1, 8), np.float32)}, {})
         with pytest.raises(FedNanoError):
             client.heartbeat(member, task, 0.5, "training")
 

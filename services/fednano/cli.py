@@ -10,7 +10,7 @@ import typer
 from fednano import __version__
 from fednano.client.cli import ask_command, client_app
 from fednano.coordinator.cli import coordinator
-from fednano.lab.cli import bench_command, demo_command
+from fednano.lab.cli import bench_command, demo_command, experiment_command
 from fednano.llm.cli import llm
 from fednano.models.account_cli import account_command
 from fednano.models.cli import export_command, split_command
@@ -33,6 +33,7 @@ app.add_typer(tokens_app, name="tokens")
 app.command("split")(split_command)
 app.command("ask")(ask_command)
 app.command("export")(export_command)
+app.command("experiment")(experiment_command)
 app.command("bench")(bench_command)
 app.command("account")(account_command)
 

@@ -13,6 +13,8 @@ import torch
 from fednano.client.check import Check
 from fednano.client.digits import DigitImage, examples_of, load_split
 from fednano.client.settings import ClientSettings
+from fednano.lab.experiment.cell import Bench, Solo
+from fednano.lab.experiment.plan import Attack, Cell, Method
 from fednano.lab.federation import TINY_MODEL, Federation
 from fednano.lab.processes import FEDNANO
 from peft import PeftModel
@@ -75,6 +77,21 @@ def test_killing_every_service_in_turn_changes_no_byte(
     federation.start_redis()
     wait_for_end(federation, "disturbed")
     assert adapter_of(federation, "disturbed", 3) == undisturbed
+
+
+def test_an_experiment_s_cell_ends_where_the_services_do(
+    federation: Federation, undisturbed: dict[str, bytes]
+) -> None:
+    config = small_run("undisturbed")
+    cell = Cell(Method.model_validate(config.strategy.name), Attack(), config, "test")
+    figures = Solo(Bench.load(federation.halves), cell, lambda text: None).run()
+    with federation.rest() as api:
+        rounds = api.get("runs/undisturbed/rounds", params={"limit": 100}).json()["items"]
+    rounds.sort(key=lambda each: each["number"])
+    assert figures.adapter == rounds[-1]["adapter_digest"]
+    assert [each.accuracy for each in figures.rounds] == [
+        each["metrics"]["accuracy"] for each in rounds
+    ]
 
 
 def test_the_ledger_knows_every_kind(federation: Federation, undisturbed: dict[str, bytes]) -> None:
@@ -204,6 +221,39 @@ def test_sites_train_on_files_of_their_own(federation: Federation, tmp_path: Pat
     assert not (tmp_path / "cache" / "client-1").exists()
 
 
+def test_captions_and_choices_are_measured_through_the_services(federation: Federation) -> None:
+    data = {"source": "scenes", "partition": "feature:0.5", "limit": 20, "evaluation_limit": 4}
+    federation.create_run(small_run("scenes", rounds=1, data=data))
+    start_members(federation, "scenes")
+    wait_for_end(federation, "scenes")
+    with federation.rest() as api:
+        record = api.get("runs/scenes/rounds/1").json()
+    chosen = {"retrieval.recall1", "retrieval.recall5", "retrieval.rank", "accuracy.retrieval"}
+    assert record["metrics"].keys() >= {"accuracy", "f1", "loss", *chosen}
+    assert record["own"]["client-1"].keys() >= {"accuracy", "f1", *chosen}
+    assert 1 <= record["metrics"]["retrieval.rank"] <= 10
+
+
+def test_a_shadow_is_what_the_other_strategy_would_have_made(
+    federation: Federation, undisturbed: dict[str, bytes]
+) -> None:
+    """Both runs begin alike: in round 1 the shadow of the one is what leads in the other."""
+    shadows = [{"name": "fednano-ef"}]
+    config = small_run("shadowed", rounds=1, strategy={"name": "fedavg"}, shadows=shadows)
+    federation.create_run(config)
+    start_members(federation, "shadowed")
+    wait_for_end(federation, "shadowed")
+    with federation.rest() as api:
+        record, led = (
+            api.get(f"runs/{run}/rounds/1").json() for run in ("shadowed", "undisturbed")
+        )
+    (shadow,) = record["shadows"]
+    assert shadow["adapter_digest"] == led["adapter_digest"] != record["adapter_digest"]
+    assert shadow["metrics"] == {n: v for n, v in led["metrics"].items() if n != "train_loss"}
+    assert shadow["own"].keys() == {"client-1", "client-2"}
+    assert record["metrics"]["train_loss"] == led["metrics"]["train_loss"]
+
+
 def test_stopping_a_run_ends_its_clients_in_order(federation: Federation) -> None:
     federation.create_run(small_run("stopped", rounds=50))
     start_members(federation, "stopped")
@@ -257,3 +307,27 @@ def test_client_check_knows_another_model_and_a_full_disk(
     assert bad.keys() == {"disk", "LLM, fingerprint"}
     assert "expected 256 MiB free, got 1 MiB" in bad["disk"]
     assert f"expected {'0' * 64}, got {record['fingerprint']}" in bad["LLM, fingerprint"]
+
+
+def test_an_asynchronous_run_learns(federation: Federation) -> None:
+    buffered = {
+        "clients": 3,
+        "rounds": 4,
+        "deterministic": False,
+        "strategy": {"name": "fedavg"},
+        "asynchronous": {"buffer": 2, "max_staleness": 4},
+        "data": {"limit": 60, "evaluation_limit": 32},
+        "evaluation": {"own_data": "never", "evaluators": 1, "every": 4},
+    }
+    federation.create_run(small_run("buffered", **buffered))
+    federation.start_client("evaluator", "buffered", "evaluator", once="true")
+    for name in ("client-1", "client-2", "client-3"):
+        federation.start_client(name, "buffered", once="true")
+    wait_for(lambda: state_of(federation, "buffered") in ("finished", "failed"), "the run", 240)
+    assert state_of(federation, "buffered") == "finished"
+    with federation.rest() as api:
+        rounds = api.get("runs/buffered/rounds", params={"limit": 100}).json()["items"]
+    staleness = [one["metrics"]["staleness"] for one in rounds[1:]]
+    assert staleness[0] == 0
+    assert max(staleness) > 0
+    assert rounds[4]["metrics"]["loss"] < rounds[0]["metrics"]["loss"]

@@ -1,4 +1,4 @@
-"""`fednano demo` and `fednano bench`."""
+"""`fednano demo`, `fednano bench` and `fednano experiment`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ def demo_command(
     strategy: Annotated[
         str, typer.Option(help="fedavg, fednano, fednano-ef or another of docs/strategies.md.")
     ] = "fednano-ef",
-    partition: Annotated[str, typer.Option(help="iid or dirichlet:ALPHA.")] = "dirichlet:0.5",
+    partition: Annotated[
+        str, typer.Option(help="iid, dirichlet:ALPHA, quantity:ALPHA or feature:STRENGTH.")
+    ] = "dirichlet:0.5",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     keep: Annotated[bool, typer.Option("--keep", help="Go on serving when it is done.")] = False,
     json_file: Annotated[
@@ -50,3 +52,47 @@ def bench_command(
         list_benches()
         return
     raise typer.Exit(run_benches(names or [], quick, json_file, flower_venv.expanduser()))
+
+
+def experiment_command(
+    plan: Annotated[
+        Path,
+        typer.Argument(metavar="PLAN", dir_okay=False, help="A YAML file: docs/experiments.md."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            file_okay=False, help="Directory of results, tables, plots.  [default: its name]"
+        ),
+    ] = None,
+    table: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only this table; may be repeated.")
+    ] = None,
+    workers: Annotated[
+        int,
+        typer.Option(min=0, help="Cells at a time, a process of one thread each; 0: a core each."),
+    ] = 0,
+    show_list: Annotated[bool, typer.Option("--list", help="Show the cells and end.")] = False,
+    only_report: Annotated[
+        bool, typer.Option("--report", help="Only write tables and plots of what is there.")
+    ] = False,
+) -> None:
+    """Compare methods: many federations, in one process each; tables, plots and tests over seeds.
+
+    What is done is kept, a line of JSON for each cell: after Ctrl-C the same command goes on.
+    """
+    from rich.console import Console
+
+    from fednano.lab.experiment.plan import Plan
+    from fednano.lab.experiment.run import Experiment, cores, described
+
+    read, console = Plan.read(plan).only(table or []), Console()
+    if show_list:
+        for cell in read.cells():
+            console.print(f"{cell.key}  {described(cell)}", highlight=False, soft_wrap=True)
+        return
+    experiment = Experiment(read, out or Path(read.name), workers or cores())
+    if only_report:
+        experiment.report(console)
+        return
+    raise typer.Exit(experiment.run(console))

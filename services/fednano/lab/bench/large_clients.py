@@ -13,7 +13,7 @@ import torch
 
 from fednano.client.batches import Batch
 from fednano.client.edge import EdgeHalf, NanoEdge
-from fednano.client.factored import FactoredLanguageModel, as_held
+from fednano.client.factored import FactoredLanguageModel
 from fednano.client.remote import RemoteLanguageModel
 from fednano.lab.bench.checkpoints import Model
 from fednano.lab.bench.large import Shape, absent, attempted, fits, llava_7b, made, on_gpu
@@ -131,8 +131,8 @@ class Clients:
                 stack.enter_context(service.caller(f"c{n}", BF16)) for n in range(max(self.counts))
             ]
             batch = self._batch(model, callers[0], _BATCH)
-            sent = _sent(batch, self.shape)
-            yield [_by_factors(caller, sent, batch) for caller in callers]
+            sent, digests = _sent(batch, FactoredLanguageModel(callers[0]), self.shape)
+            yield [_by_factors(caller, sent, digests, batch) for caller in callers]
 
     def _large(self, model: Model) -> dict[int, Step]:
         """The same samples in this process; they lie on its device."""
@@ -164,20 +164,24 @@ def _weights(batch: Batch) -> torch.Tensor:
     return 1 / (batch.label_counts * len(batch))
 
 
-def _sent(batch: Batch, shape: Shape) -> Factored:
-    """x, U and W, as a client computes them once in a step."""
-    held = replace(batch, base=as_held(batch.base, BF16))
+def _sent(
+    batch: Batch, llm: FactoredLanguageModel, shape: Shape
+) -> tuple[Factored, tuple[bytes, ...]]:
+    """x, U and W, and the digests of x, as a client has them when a step begins."""
+    base, digests = llm.held(batch.base.split(batch.lengths))
     nano = NanoEdge(new_adapters(shape.text.hidden_size, shape.rank))
     with torch.no_grad():
-        return nano.factored(held)
+        return nano.factored(replace(batch, base=base)), digests
 
 
-def _by_factors(remote: RemoteLanguageModel, sent: Factored, batch: Batch) -> Step:
+def _by_factors(
+    remote: RemoteLanguageModel, sent: Factored, digests: tuple[bytes, ...], batch: Batch
+) -> Step:
     """Raises BenchFailed where the service keeps no bases, so that all would be sent every time."""
     llm, weights, meter = FactoredLanguageModel(remote), _weights(batch), remote.calls.meter
 
     def step() -> None:
-        llm.step(sent, batch.labels, weights)
+        llm.step(sent, batch.labels, weights, digests=digests)
 
     step()
     meter.take()

@@ -1,0 +1,311 @@
+"""`fednano experiment`: the plan, what is kept, the report; and cells over the real tiny model."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import pytest
+from fednano.client.datasets import Shard
+from fednano.lab.experiment.attacks import Flipped, attackers, forged
+from fednano.lab.experiment.cell import Bench, Pooled, Solo
+from fednano.lab.experiment.personal import mixed
+from fednano.lab.experiment.plan import Attack, Cell, Plan
+from fednano.lab.experiment.report import write_report
+from fednano.lab.experiment.results import Figures, Result, ResultsFile, RoundFigures, Spent
+from fednano.lab.experiment.run import RESULTS
+from fednano.lab.experiment.statistics import Paired, Spread, holm
+from fednano.lab.federation import TINY_MODEL
+from fednano.lab.processes import FEDNANO
+from fednano.models.split import split
+from fednano.wire.errors import InvalidRequest
+from fednano.wire.run_config import DataConfig
+from scipy.stats import ttest_rel
+
+SMALL = {"rounds": 2, "data": {"limit": 24, "evaluation_limit": 4}}
+PICTURES = 2  # of a client, held back; each is asked three questions
+
+
+def plan_of(**changes: Any) -> Plan:
+    return Plan.model_validate({"name": "small", "methods": ["fedavg"], "run": SMALL, **changes})
+
+
+def cells(**changes: Any) -> list[Cell]:
+    return plan_of(seeds=[0], clients=[2], **changes).cells()
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    halves = tmp_path_factory.mktemp("halves") / "tiny"
+    split(TINY_MODEL, halves)
+    return Bench.load(halves)
+
+
+def figures_of(bench: Bench, cell: Cell) -> Figures:
+    return Solo(bench, cell, lambda text: None).run()
+
+
+def test_a_table_takes_from_the_plan_what_it_does_not_say(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(
+        "name: two\nseeds: [3, 4]\nmethods: [fedavg, local]\ntables:\n"
+        "  - {name: one, clients: [2]}\n  - {name: other, methods: [fedavg], clients: [2, 5]}\n"
+    )
+    plan = Plan.read(path)
+    found = {(c.method.label, c.config.clients, c.config.seed) for c in plan.cells()}
+    expected = {(m, 2, s) for m in ("fedavg", "local") for s in (3, 4)}
+    assert found == expected | {("fedavg", 5, 3), ("fedavg", 5, 4)}
+    assert len(plan.only(["other"]).cells()) == 4
+
+
+def test_the_key_is_that_of_what_is_computed_not_of_what_it_is_called() -> None:
+    (plain,) = cells()
+    (named,) = cells(methods=[{"name": "fedavg", "label": "mean"}])
+    (other,) = cells(methods=["fednano"])
+    assert plain.key == named.key != other.key
+
+
+def test_a_method_may_have_a_training_of_its_own() -> None:
+    slow = {"name": "fedavg", "label": "slow", "training": {"learning_rate": 1e-4}}
+    plain, tuned = cells(methods=["fedavg", slow], run={**SMALL, "training": {"epochs": 2}})
+    assert plain.config.training.learning_rate == 5e-3
+    assert tuned.config.training.learning_rate == 1e-4
+    assert plain.config.training.epochs == tuned.config.training.epochs == 2
+    assert plain.key != tuned.key
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"methods": ["fedsgd"]}, "methods: expected one of fedavg"),
+        ({"methods": ["fedavg", "fedavg"]}, "methods: expected each once"),
+        ({"methods": [{"name": "local", "mu": 1}]}, "expected no settings for local"),
+        ({"methods": [{"name": "fedavg", "mu": 1}]}, "strategy.mu: expected nothing for 'fedavg'"),
+        ({"methods": [{"name": "fedavg", "training": {"speed": 1}}]}, "run.training.speed"),
+        ({"baseline": "krum"}, "baseline: expected one of"),
+        ({"run": {"seed": 1}}, "run.seed: expected nothing"),
+        ({"partitions": ["zipf"]}, "run.data.partition: expected"),
+        ({"attacks": [{"kind": "scale", "clients": 4}]}, "attacks.clients: expected fewer than 4"),
+        ({"methods": ["krum"], "clients": [4]}, "run.min_clients: expected at"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused_with_the_field(
+    changes: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(json.dumps({"name": "bad", "methods": ["fedavg"], **changes}))  # JSON is YAML
+    with pytest.raises(InvalidRequest) as refused:
+        Plan.read(path)
+    assert told in str(refused.value)
+
+
+def test_every_method_runs_and_says_what_it_should(bench: Bench) -> None:
+    methods = [{"name": "fednano-ef", "shadows": ["fedavg"]}, "scaffold", "local", "centralised",
+               "fine-tuned", "feddpa-f"]  # fmt: skip
+    found = {cell.method.label: figures_of(bench, cell) for cell in cells(methods=methods)}
+    starts = {figures.rounds[0].accuracy for figures in found.values()}
+    assert len(starts) == 1  # all begin with the same adapter
+    assert all(len(figures.own) == 2 for figures in found.values())
+    assert found["fednano-ef"].rounds[2].shadows.keys() == {"fedavg"}
+    assert found["local"].adapter == found["centralised"].adapter == ""
+    assert found["fine-tuned"].adapter == found["feddpa-f"].adapter != found["scaffold"].adapter
+    assert found["fine-tuned"].own_shared == found["feddpa-f"].own_shared != []
+    assert found["local"].accuracy == fmean(found["local"].test_own)
+
+
+def test_the_same_cell_gives_the_same_figures(bench: Bench) -> None:
+    (cell,) = cells(methods=["scaffold"])
+    first, second = (figures_of(bench, cell) for _ in range(2))
+    assert first.adapter == second.adapter
+    assert [r.accuracy for r in first.rounds] == [r.accuracy for r in second.rounds]
+
+
+def test_bytes_are_those_of_the_tensors_that_would_cross(bench: Bench) -> None:
+    (cell,) = cells(run={**SMALL, "rounds": 1})
+    spent = figures_of(bench, cell).rounds[1].spent
+    adapter = 4 * 16 * 128 * 4
+    vectors = spent.received - adapter
+    assert vectors % (128 * 4) == 0
+    assert spent.sent - adapter == vectors > 0  # an embedding there, a gradient back
+
+
+def test_an_attacker_sends_another_step_than_it_took() -> None:
+    base, trained = {"a": np.ones(3, np.float32)}, {"a": np.full(3, 1.5, np.float32)}
+    flipped = forged(Attack(kind="sign-flip"), base, trained)
+    scaled = forged(Attack(kind="scale", factor=4), base, trained)
+    assert flipped["a"].tolist() == [0.5] * 3
+    assert scaled["a"].tolist() == [3.0] * 3
+
+
+def test_attackers_are_drawn_by_the_seed_alone() -> None:
+    attack = Attack(kind="label-flip", clients=2)
+    drawn = {attackers(attack, 10, seed) for seed in range(20)}
+    assert all(len(members) == 2 for members in drawn)
+    assert len(drawn) > 5
+    assert attackers(attack, 10, 3) == attackers(Attack(kind="scale", clients=2), 10, 3)
+
+
+def test_flipped_labels_are_wrong_ones_of_the_same_kind() -> None:
+    shard = Shard.deal(DataConfig(limit=40), 0, 0, 4)
+    flipped = Flipped.made(shard, shard.held_back() + shard.epoch(0, 1, 0, "x"))
+    right, wrong = (data.epoch(0, 2, 0, "x") for data in (shard, flipped))
+    changed = [(r.kind, r.answer, w.answer) for r, w in zip(right, wrong, strict=True)]
+    assert ("parity", "no", "yes") in changed
+    assert all(r.question == w.question for r, w in zip(right, wrong, strict=True))
+    assert sum(before != after for _, before, after in changed) > len(changed) / 2
+
+
+def test_everybody_s_data_is_trained_on_once_an_epoch() -> None:
+    shards = [Shard.deal(DataConfig(limit=30), 0, member, 3) for member in range(3)]
+    pooled = Pooled(shards).epoch(0, 1, 0, "pooled")
+    separate = [e.id for n, shard in enumerate(shards) for e in shard.epoch(0, 1, 0, f"shard-{n}")]
+    assert sorted(example.id for example in pooled) == sorted(separate)
+    assert [example.id for example in pooled] != separate
+
+
+def test_mixed_adapters_give_the_mixture_of_their_outputs() -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"image.down": (2, 6), "image.up": (6, 2)}
+    one, other = ({n: rng.normal(size=s) for n, s in shapes.items()} for _ in range(2))
+    x = rng.normal(size=6)
+
+    def output(tensors: Any) -> Any:
+        return tensors["image.up"] @ tensors["image.down"] @ x
+
+    expected = 0.7 * output(one) + 0.3 * output(other)
+    np.testing.assert_allclose(output(mixed(one, other, 0.3)), expected, rtol=1e-6)
+
+
+def test_the_paired_test_is_student_s() -> None:
+    a, b = [0.90, 0.91, 0.89, 0.93, 0.92], [0.88, 0.90, 0.90, 0.90, 0.91]
+    found = Paired.of(a, b)
+    assert found is not None
+    t, p = ttest_rel(a, b)
+    assert found.difference == pytest.approx(0.012)
+    assert found.p == pytest.approx(p)
+    margin = 2.776445 * 0.012 / t  # the quantile of four degrees of freedom, from a table
+    assert (found.low, found.high) == pytest.approx((0.012 - margin, 0.012 + margin))
+    assert Paired.of(a[:2], b[:2]) is None
+
+
+def test_holm_adjusts_for_the_number_of_tests() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+
+
+def result(cell: Cell, accuracy: float, model: str = "m") -> Result:
+    rounds = [
+        RoundFigures(n, accuracy - 0.1 * (2 - n), 1.0, spent=Spent(10**6, 10**6, 1.0, 2.0))
+        for n in range(3)
+    ]
+    figures = Figures(rounds, [accuracy], [], [], "d", 60.0)
+    return Result(cell.key, cell.method.label, cell.config.seed, cell.setting, model, figures)
+
+
+def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path: Path) -> None:
+    file = ResultsFile(tmp_path / RESULTS)
+    (cell,) = cells()
+    file.append([result(cell, 0.8)])
+    whole = file.path.read_text()
+    file.path.write_text(whole + whole[:40])
+    assert file.read() == {cell.key: result(cell, 0.8)}
+    file.mend()
+    assert file.path.read_text() == whole
+
+
+def test_what_is_no_result_is_told_with_its_line(tmp_path: Path) -> None:
+    file = ResultsFile(tmp_path / RESULTS)
+    file.path.write_text('{"key": 1}\n')
+    with pytest.raises(InvalidRequest, match="line 1: expected a result of fednano experiment"):
+        file.read()
+
+
+def test_the_report_has_means_spreads_tests_and_plots(tmp_path: Path) -> None:
+    plan = plan_of(methods=["fedavg", "median"], clients=[4, 5], seeds=[0, 1, 2], baseline="fedavg")
+    found = {}
+    for cell in plan.cells():
+        better = 0.05 + 0.001 * cell.config.seed if cell.method.label == "median" else 0.0
+        found[cell.key] = result(cell, 0.8 + 0.01 * cell.config.seed + better)
+    missing = next(c.key for c in plan.cells() if c.config.clients == 5 and c.config.seed == 2)
+    del found[missing]
+    text = write_report(plan, found, tmp_path).read_text()
+    assert "11 of 12 cells" in text
+    assert "1 cells are missing" in text
+    assert "| method | clients 4 | clients 5 |" in text
+    assert "| fedavg | 0.810 ± 0.010 | 0.805 ± 0.007 |" in text
+    assert "| median | test | +0.0508 |" in text
+    assert "1.00 / 1.00, 1.00 / 2.00" in text
+    plots = sorted(path.name for path in (tmp_path / "plots").iterdir())
+    assert plots == ["1-clients-4.png", "1-clients-5.png"]
+
+
+def test_a_single_seed_has_no_spread() -> None:
+    assert str(Spread.of([0.5])) == "0.500"
+
+
+@contextmanager
+def started(plan: Path, out: Path) -> Iterator[subprocess.Popen[str]]:
+    command = [*FEDNANO, "experiment", str(plan), "--out", str(out), "--workers", "2"]
+    with subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as running:
+        try:
+            yield running
+        finally:
+            running.terminate()
+
+
+def until(ready: Callable[[], bool], seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.timeout(900)
+def test_after_a_signal_the_same_command_goes_on(tmp_path: Path) -> None:
+    plan, out = tmp_path / "plan.yaml", tmp_path / "out"
+    body = {"name": "small", "run": SMALL, "methods": ["fedavg", "median"], "clients": [3]}
+    plan.write_text(json.dumps({**body, "seeds": [0, 1]}))
+    results = out / RESULTS
+    with started(plan, out) as running:
+        until(lambda: results.exists() and results.read_text().count("\n") >= 1)
+        running.send_signal(signal.SIGINT)
+        told, _ = running.communicate(timeout=60)
+    assert running.returncode == 130, told
+    assert "the same command goes on" in told
+    before = results.read_text().splitlines()
+    assert 1 <= len(before) < 4
+    with started(plan, out) as again:
+        told, _ = again.communicate(timeout=400)
+    assert again.returncode == 0, told
+    assert f"{len(before)} of 4 cells are there already" in told
+    lines = results.read_text().splitlines()
+    assert lines[: len(before)] == before
+    assert len(lines) == 4
+    assert "4 of 4 cells" in (out / "report.md").read_text()
+
+
+def test_results_of_another_model_are_not_taken_for_its_own(tmp_path: Path) -> None:
+    (cell,) = cells()
+    file = ResultsFile(tmp_path / RESULTS)
+    file.append([result(cell, 0.5, "other"), replace(result(cell, 0.8), model="m")])
+    assert file.read("m")[cell.key].figures.accuracy == 0.8
+    assert file.read("none") == {}
+
+
+def test_the_plans_in_the_documentation_can_be() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    for path in (docs / "plans").glob("*.yaml"):
+        assert Plan.read(path).cells()
+    shown = (docs / "experiments.md").read_text().partition("```yaml\n")[2].partition("```")[0]
+    assert shown == (docs / "plans" / "small.yaml").read_text()
