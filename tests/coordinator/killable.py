@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,28 @@ class Process:
     def kill(self) -> None:
         self._process.kill()
         self._process.join()
+
+
+def killed_in_turn(
+    settings: dict[str, Any],
+    folder: Path,
+    kills: Iterable[tuple[str, ...]],
+    finish: Callable[[], object],
+) -> None:
+    """One coordinator after the other, each killed at its instant; during the last, which is left
+    alone, `finish` waits for the end of it all."""
+    for kill in kills:
+        doomed = Process(settings, folder, *kill)
+        try:
+            doomed.wait_killed()
+        finally:
+            doomed.kill()
+    last = Process(settings, folder)
+    try:
+        finish()
+        last.stop()
+    finally:
+        last.kill()
 
 
 def _main(values: dict[str, Any], kill: tuple[str, ...]) -> None:

@@ -22,7 +22,7 @@ from fednano.wire.run_config import RunConfig
 
 from tests.coordinator.conftest import ADMIN, Running
 from tests.coordinator.federation import Crowd, FakeClient, config_of, evaluator, same_bytes, step
-from tests.coordinator.killable import Process
+from tests.coordinator.killable import killed_in_turn
 from tests.coordinator.played import Clock, Federation
 from tests.coordinator.test_faults import join_all, until
 from tests.coordinator.test_kills import STORE, settings_for
@@ -144,6 +144,36 @@ async def test_whoever_was_slow_may_have_two_updates_in_a_round(federation: Fede
     await federation.settle()
     merged = await federation.store.round(federation.name, 2)
     assert (merged.state, merged.clients.submitted) == (RoundState.EVALUATING, ("site-2",))
+
+
+async def test_a_round_that_nobody_is_left_for_fails_though_it_has_an_update(
+    federation: Federation,
+) -> None:
+    for site in (0, 1):
+        await send(federation, site, 1, 1.0)
+    await federation.settle()
+    assert (await send(federation, 2, 1, 1.0)).result == "accepted"  # while round 1 is evaluated
+    for _ in range(10):
+        federation.clock.added += 1000
+        await asyncio.wait_for(federation.settle(), 30)
+    run = await federation.store.run(federation.name)
+    assert run.state is RunState.FAILED
+    assert "round 2" in run.failure
+    assert "members were there" in run.failure
+
+
+async def test_an_update_for_an_attempt_that_failed_is_late_before_the_next_one_opens(
+    federation: Federation,
+) -> None:
+    await send(federation, 0, 1, 1.0)
+    await federation.store.command(federation.name, "pause", "test")
+    federation.clock.added += 1000
+    for _ in range(3):
+        await federation.settle()
+        federation.clock.added += 10
+    round_ = await federation.store.round(federation.name, 1)
+    assert round_.state is RoundState.FAILED
+    assert (await send(federation, 1, 1, 1.0)).result == "late"
 
 
 async def test_updates_for_a_round_that_never_opens_expire(federation: Federation) -> None:
@@ -284,17 +314,6 @@ def test_a_killed_coordinator_loses_no_update_and_merges_none_twice(
     ]
     clients = [FakeClient(port, ADMIN, f"c{index}", fisher=False) for index in range(4)]
     with Crowd([evaluator(port, ADMIN), *clients]) as crowd:
-        for kill in kills:
-            doomed = Process(settings, tmp_path, *kill)
-            try:
-                doomed.wait_killed()
-            finally:
-                doomed.kill()
-        last = Process(settings, tmp_path)
-        try:
-            crowd.wait()
-            last.stop()
-        finally:
-            last.kill()
+        killed_in_turn(settings, tmp_path, kills, crowd.wait)
     every = asyncio.run(history())
     assert len(every) == len(set(every)) >= 12

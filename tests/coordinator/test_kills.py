@@ -21,7 +21,7 @@ from tests.coordinator.federation import (
     expected_result,
     same_bytes,
 )
-from tests.coordinator.killable import Process
+from tests.coordinator.killable import Process, killed_in_turn
 from tests.redis_server import RedisServer
 
 CLIENTS = ["c0", "c1", "c2"]
@@ -104,19 +104,12 @@ def test_a_killed_coordinator_is_restarted_and_the_run_ends_in_the_same_bytes(
     fisher = strategy != "fedadam"
     clients = [FakeClient(port, ADMIN, name, fisher=fisher) for name in CLIENTS]
     with Crowd([evaluator(port, ADMIN), *clients]) as crowd:
-        for kill in KILLS[instant]:
-            doomed = Process(settings, tmp_path, *kill)
-            try:
-                doomed.wait_killed()
-            finally:
-                doomed.kill()
-        last = Process(settings, tmp_path)
-        try:
+
+        def finish() -> None:
             crowd.wait()
             check_result(redis_server, clients[0], config)
-            last.stop()
-        finally:
-            last.kill()
+
+        killed_in_turn(settings, tmp_path, KILLS[instant], finish)
 
 
 def test_a_twin_takes_over_when_the_leader_is_killed_while_merging(

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from tests.coordinator.conftest import ADMIN, Running
 from tests.coordinator.federation import Crowd, FakeClient, config_of
-from tests.coordinator.killable import Process
+from tests.coordinator.killable import killed_in_turn
 from tests.coordinator.played import Clock, Federation
 from tests.coordinator.test_faults import join_all, until
 from tests.coordinator.test_kills import STORE, create_run, read_run, settings_for
@@ -130,18 +130,7 @@ def test_a_killed_coordinator_merges_no_more_and_no_less_than_the_first(
         (f"{STORE}rounds:RoundStore.freeze", "after", "1"),
     ]
     with Crowd([FakeClient(port, ADMIN, f"c{index}") for index in range(4)]) as crowd:
-        for kill in kills:
-            doomed = Process(settings, tmp_path, *kill)
-            try:
-                doomed.wait_killed()
-            finally:
-                doomed.kill()
-        last = Process(settings, tmp_path)
-        try:
-            crowd.wait()
-            last.stop()
-        finally:
-            last.kill()
+        killed_in_turn(settings, tmp_path, kills, crowd.wait)
     run, rounds, _ = asyncio.run(read_run(redis_server.url))
     assert run.state == "finished"
     for round_ in rounds[1:]:

@@ -35,7 +35,7 @@ from tests.coordinator.federation import (
     expected_rounds,
     same_bytes,
 )
-from tests.coordinator.killable import Process
+from tests.coordinator.killable import killed_in_turn
 from tests.coordinator.test_kills import KILLS, MERGED, create_run, read_run, settings_for
 from tests.coordinator.test_runs_cli import call
 from tests.coordinator.web import Site
@@ -143,18 +143,7 @@ def test_a_coordinator_killed_around_the_merge_ends_in_the_same_shadows(
     clients = [FakeClient(port, ADMIN, name) for name in CLIENTS]
     evaluated = ("fednano.coordinator.store_rounds:RoundStore.finish", "before", "1")
     with Crowd([judge, *clients]) as crowd:
-        for kill in (*KILLS[MERGED], evaluated):
-            doomed = Process(settings, tmp_path, *kill)
-            try:
-                doomed.wait_killed()
-            finally:
-                doomed.kill()
-        last = Process(settings, tmp_path)
-        try:
-            crowd.wait()
-            last.stop()
-        finally:
-            last.kill()
+        killed_in_turn(settings, tmp_path, (*KILLS[MERGED], evaluated), crowd.wait)
     _, rounds, _ = asyncio.run(read_run(redis_server.url))
     assert [(r.attempt, r.state) for r in rounds] == [(1, "done")] * 3
     digests = [[shadow[:2] for shadow in shadows] for shadows in by_hand(config)]

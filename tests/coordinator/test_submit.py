@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from fednano.coordinator import keys
 from fednano.coordinator.records import RoundRecord, Tensors
+from fednano.coordinator.submission import started_from
 from fednano.wire.codec import spec_of
 from fednano.wire.coordinator_pb2 import Costs, NextTaskReply, SubmitReply, SubmitRequest
 from fednano.wire.errors import BadTensor, FedNanoError, InvalidRequest, SessionEnded
@@ -322,3 +323,16 @@ async def test_a_heartbeat_says_stop_when_the_run_was_stopped(table: Table) -> N
 async def test_a_heartbeat_says_stop_when_the_round_has_moved_on(table: Table) -> None:
     told = await asyncio.to_thread(lambda: table.one.heartbeat(1, 2))
     assert (told.stop, told.reason) == (True, "the round has moved on")
+
+
+def test_what_flora_sends_has_the_adapters_width_even_at_a_rank_above_it() -> None:
+    base = {
+        "text.down": np.zeros((256, 128), np.float32),
+        "text.up": np.zeros((128, 256), np.float32),
+    }
+    config = config_of(strategy={"name": "flora"}, adapter={"rank": 256, "modalities": ["text"]})
+    wanted = started_from(base, config, 0)
+    assert {name: tensor.shape for name, tensor in wanted.items()} == {
+        "text.down": (256, 128),
+        "text.up": (128, 256),
+    }

@@ -75,7 +75,8 @@ async def too_late(store: Store, standing: Standing, sender: Sender) -> str:
         return "the run is over"
     if number <= round_.number:
         task = await store.round_store.get(run.name, number)
-        if task is None or task.attempt != sender.attempt:
+        failed = task is not None and task.state is RoundState.FAILED
+        if task is None or failed or task.attempt != sender.attempt:
             return "that attempt of the round has failed"
     return too_stale(run, round_, number)
 

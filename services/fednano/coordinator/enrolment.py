@@ -127,6 +127,8 @@ class Enrolment:
     async def _add(self, run: StoredRun, model: StoredRun, applicant: Applicant) -> Admission | str:
         """A member more, with the index after those there were: it takes part from the next cohort
         on."""
+        if not applicant.samples:
+            return f"run {run.name!r} takes clients with data of their own: give --data FILE"
         if len(run.members) >= MOST_CLIENTS:
             return f"run {run.name!r} has {MOST_CLIENTS} clients, and room for no more"
         index = len(run.members)

@@ -97,7 +97,8 @@ def _narrow(cls: type[T], record: Any) -> T:
 
 
 _RUN_EXTRAS = ("version", "enrol_until", "hidden_size", "best_accuracy", "resume_to")
-RUN = Fields(StoredRun, hidden=("config", *_RUN_EXTRAS))
+_LARGE = ("config", "members")  # every member that joins makes an event
+RUN = Fields(StoredRun, hidden=(*_LARGE, *_RUN_EXTRAS))
 ROUND = Fields(StoredRound, hidden=("version", "base", "base_handed", "handed", "evaluators"))
 _CLIENT_EXTRAS = ("session", "token_id", "token_name", "token_expires_ms", "task")
 CLIENT = Fields(StoredClient, hidden=_CLIENT_EXTRAS)

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _LOOK = 60.0  # nothing to wait for but a ring of the bell
 _SOON = 0.2
+_RACES = 10  # in a row; with more of them it is no hurry that helps
 READ_BLOCK = 1 << 18  # elements of an update read at a time: 1 MiB, and as much of its Fisher
 
 
@@ -48,11 +49,13 @@ class Rounds:
     async def drive(self) -> None:
         """Until the run has ended."""
         with self.store.database.bell(self.name) as bell:
+            raced = 0
             while not (at := await self.store.standings.current(self.name)).run.state.ended:
                 try:
-                    patience = await self.step(at.run, at.round)
-                except Raced:
-                    continue  # a command or a client came in between: look again
+                    patience, raced = await self.step(at.run, at.round), 0
+                except Raced:  # a command or a client came in between: look again
+                    raced += 1
+                    patience = _SOON if raced > _RACES else 0
                 if patience > 0:
                     await bell.wait(patience)
 
@@ -198,7 +201,12 @@ class Rounds:
         if len(candidates) < run.config.min_clients:
             if self._now() < round_.deadline:
                 return min(_SOON, round_.deadline - self._now())
-            return await self._fail(run, round_, len(candidates), "members were there", 0)
+            # Of an asynchronous round there may be some already.
+            submitted, _ = await self.store.updates.progress(
+                run.name, round_.number, round_.attempt
+            )
+            there = len(candidates)
+            return await self._fail(run, round_, there, "members were there", submitted)
         cohort = []  # of an asynchronous round: whoever is ready takes part
         if run.config.asynchronous is None:
             cohort = sample_cohort(candidates, run.config, round_.number, round_.attempt)

@@ -96,6 +96,8 @@ class AdapterStore:
     def __init__(self, database: Database) -> None:
         self._db = database
         self._newest: OrderedDict[str, StoredAdapter] = OrderedDict()  # by key, newest last
+        self._shadows_of = "", 0  # run and round
+        self._shadows: dict[str, StoredAdapter] = {}  # of those, by digest
         self._reading = asyncio.Lock()
 
     async def get(self, run: StoredRun, digest: str) -> StoredAdapter:
@@ -121,13 +123,21 @@ class AdapterStore:
         """The round that is being evaluated, and what one of its shadows made of it."""
         if not _is_digest(digest):
             return None
-        fields = (digest, keys.shadow_meta(digest))
-        data, text = await self._db.call("HMGET", keys.shadows(name), *fields)
-        if data is None or text is None:
+        text = await self._db.small("HGET", keys.shadows(name), keys.shadow_meta(digest))
+        if text is None:
             return None
         meta = json.loads(text)
-        tensors = unpack_tensors(meta["layout"], data)
-        return int(meta["round"]), StoredAdapter(digest, meta["scale"], tensors)
+        place = name, int(meta["round"])
+        async with self._reading:  # as whoever evaluates asks for the same ones
+            if self._shadows_of != place:
+                self._shadows_of, self._shadows = place, {}
+            if digest not in self._shadows:
+                data = await self._db.call("HGET", keys.shadows(name), digest)
+                if data is None:
+                    return None
+                tensors = unpack_tensors(meta["layout"], data)
+                self._shadows[digest] = StoredAdapter(digest, meta["scale"], tensors)
+            return place[1], self._shadows[digest]
 
     async def _read(self, key: str, digest: str, meta: dict[str, Any]) -> StoredAdapter | None:
         """None where Redis no longer has it. A round's whole cohort asks for the same one, which

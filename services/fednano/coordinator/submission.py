@@ -61,8 +61,10 @@ def started_from(base: Tensors, config: RunConfig, member: int | None) -> Tensor
     rank = config.adapter.rank_of(member or 0)
     if config.strategy.name == "flora":
         return {
-            name: np.zeros((rank, d) if name.endswith(DOWN) else (d, rank), np.float32)
-            for name, d in ((name, max(tensor.shape)) for name, tensor in base.items())
+            name: np.zeros((rank, tensor.shape[1]), np.float32)
+            if name.endswith(DOWN)
+            else np.zeros((tensor.shape[0], rank), np.float32)
+            for name, tensor in base.items()
         }
     return cut(base, rank) if config.adapter.ranks else base
 

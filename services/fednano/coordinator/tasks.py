@@ -123,7 +123,8 @@ def why_stop(
         return ""
     trains = client.task == f"train:{number}:{attempt}"
     if run.config.asynchronous is not None and round_ is not None and trains:
-        failed = number == round_.number and attempt < round_.attempt
+        passed = attempt < round_.attempt or round_.state is RoundState.FAILED
+        failed = number == round_.number and passed
         return "the round has moved on" if failed else too_stale(run, round_, number)
     if round_ is None or (round_.number, round_.attempt) != (number, attempt):
         return "the round has moved on"

@@ -390,8 +390,9 @@ class RunConfig(Section):
             )
         at_once = most_at_once(self)
         if strategy.byzantine is not None and at_once > _KRUM_CLIENTS:
+            bound = "cohort" if self.cohort or self.late_joiners else "clients"
             raise ValueError(
-                f"clients: expected at most {_KRUM_CLIENTS} in a round for {field}.name"
+                f"{bound}: expected at most {_KRUM_CLIENTS} in a round for {field}.name"
                 f" {strategy.name}, which compares each update with each, got {at_once}"
             )
 
