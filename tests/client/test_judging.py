@@ -46,6 +46,11 @@ def test_the_right_candidate_loses_every_tie() -> None:
     ]
 
 
+def test_what_is_no_number_comes_last() -> None:
+    nan = float("nan")
+    assert Rank.of(CHOICE, [nan, nan, nan]).place == 3
+
+
 def test_choices_are_no_part_of_the_accuracy_unless_there_is_nothing_else() -> None:
     judged = [Judgement.of(CAPTION, "a red circle"), Judgement.of(CAPTION, "a red square")]
     ranked = [Rank("retrieval", place) for place in (1, 2, 5, 6)]

@@ -16,9 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 from fednano.client.datasets import Shard
+from fednano.coordinator.store_adapters import make_adapter
+from fednano.coordinator.strategies import State
 from fednano.lab.experiment.attacks import Flipped, attackers, forged
 from fednano.lab.experiment.cell import Bench, Pooled, Solo
 from fednano.lab.experiment.personal import mixed
+from fednano.lab.experiment.placements import NanoPlacement
 from fednano.lab.experiment.plan import Attack, Cell, Plan
 from fednano.lab.experiment.report import write_report
 from fednano.lab.experiment.results import Figures, Result, ResultsFile, RoundFigures, Spent
@@ -40,7 +43,7 @@ def plan_of(**changes: Any) -> Plan:
 
 
 def cells(**changes: Any) -> list[Cell]:
-    return plan_of(seeds=[0], clients=[2], **changes).cells()
+    return plan_of(**{"seeds": [0], "clients": [2], **changes}).cells()
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +67,9 @@ def test_a_table_takes_from_the_plan_what_it_does_not_say(tmp_path: Path) -> Non
     found = {(c.method.label, c.config.clients, c.config.seed) for c in plan.cells()}
     expected = {(m, 2, s) for m in ("fedavg", "local") for s in (3, 4)}
     assert found == expected | {("fedavg", 5, 3), ("fedavg", 5, 4)}
-    assert len(plan.only(["other"]).cells()) == 4
+    assert len(plan.cells_in(["other"])) == 4
+    with pytest.raises(InvalidRequest, match="--table: expected one of one, other, got third"):
+        plan.cells_in(["third"])
 
 
 def test_the_key_is_that_of_what_is_computed_not_of_what_it_is_called() -> None:
@@ -94,6 +99,13 @@ def test_a_method_may_have_a_training_of_its_own() -> None:
         ({"baseline": "krum"}, "baseline: expected one of"),
         ({"run": {"seed": 1}}, "run.seed: expected nothing"),
         ({"partitions": ["zipf"]}, "run.data.partition: expected"),
+        ({"run": {"adapter": {"rank": 8}}}, "run.adapter.rank: expected nothing"),
+        ({"run": {"adapter": None}}, "run.adapter: expected a mapping"),
+        ({"run": {"training": {"wire_dtype": "int8"}}}, "run.training.wire_dtype: expected fp32"),
+        ({"run": {"training": {"wire": "factored"}}}, "run.training.wire: expected dense"),
+        ({"methods": [{"name": "fine-tuned", "strategy": "flora"}]}, "methods: expected adapters"),
+        ({"methods": ["flora"], "attacks": ["scale"]}, "attacks: expected label-flip"),
+        ({"attacks": ["scale", "scale"]}, "attacks: expected each once"),
         ({"attacks": [{"kind": "scale", "clients": 4}]}, "attacks.clients: expected fewer than 4"),
         ({"methods": ["krum"], "clients": [4]}, "run.min_clients: expected at"),
     ],
@@ -120,6 +132,38 @@ def test_every_method_runs_and_says_what_it_should(bench: Bench) -> None:
     assert found["fine-tuned"].adapter == found["feddpa-f"].adapter != found["scaffold"].adapter
     assert found["fine-tuned"].own_shared == found["feddpa-f"].own_shared != []
     assert found["local"].accuracy == fmean(found["local"].test_own)
+    assert found["fine-tuned"].merged == found["feddpa-f"].merged
+    assert found["fine-tuned"].accuracy == fmean(found["fine-tuned"].test_own)
+
+
+def test_a_shadow_carries_moments_of_its_own(bench: Bench) -> None:
+    """Its merging being the leader's, a momentum of 0 takes the leader's own steps, and one of 0.5
+    others from the second round on."""
+    shadows = [{"name": "fedavgm", "momentum": m} for m in (0.0, 0.5)]
+    (cell,) = cells(methods=[{"name": "fedavg", "shadows": shadows}])
+    solo = Solo(bench, cell, lambda text: None)
+    before = State(NanoPlacement(bench.trainer, cell.config).initial())
+    (leader, still, moving), _ = solo._round(1, before)
+    assert digest(leader) == digest(still) == digest(moving)
+    (leader, still, moving), _ = solo._round(2, leader)
+    assert digest(leader) == digest(still) != digest(moving)
+
+
+def digest(state: State) -> str:
+    return make_adapter(state.adapter, 1.0).digest
+
+
+def test_a_cell_that_fails_is_told(tmp_path: Path) -> None:
+    """Of one image none is left to train on."""
+    plan = tmp_path / "plan.yaml"
+    run = {**SMALL, "data": {"limit": 1, "evaluation_limit": 2}}
+    body = {"name": "bad", "methods": ["fedavg"], "clients": [2], "seeds": [0], "run": run}
+    plan.write_text(json.dumps(body))
+    with started(plan, tmp_path / "out") as running:
+        told, _ = running.communicate(timeout=300)
+    assert running.returncode == 1, told
+    assert "failed: fedavg, task digits" in told
+    assert "1 cells are missing" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_the_same_cell_gives_the_same_figures(bench: Bench) -> None:
@@ -152,6 +196,16 @@ def test_attackers_are_drawn_by_the_seed_alone() -> None:
     assert all(len(members) == 2 for members in drawn)
     assert len(drawn) > 5
     assert attackers(attack, 10, 3) == attackers(Attack(kind="scale", clients=2), 10, 3)
+
+
+def test_every_caption_of_an_attacker_is_wrong(bench: Bench) -> None:
+    (cell,) = cells(tasks=["scenes"], clients=[3], attacks=["label-flip"])
+    solo = Solo(bench, cell, lambda text: None)
+    (bad,) = solo._bad
+    flipped = solo._shards[bad]
+    honest = Shard.deal(cell.config.data, 0, bad, 3)
+    pairs = zip(honest.epoch(0, 1, 0, "x"), flipped.epoch(0, 1, 0, "x"), strict=True)
+    assert all(right.answer != wrong.answer for right, wrong in pairs)
 
 
 def test_flipped_labels_are_wrong_ones_of_the_same_kind() -> None:
@@ -230,19 +284,21 @@ def test_what_is_no_result_is_told_with_its_line(tmp_path: Path) -> None:
 
 
 def test_the_report_has_means_spreads_tests_and_plots(tmp_path: Path) -> None:
-    plan = plan_of(methods=["fedavg", "median"], clients=[4, 5], seeds=[0, 1, 2], baseline="fedavg")
+    plan = plan_of(
+        methods=["fedavg", "median"], clients=[4, 5], seeds=[0, 1, 2, 3], baseline="fedavg"
+    )
     found = {}
     for cell in plan.cells():
         better = 0.05 + 0.001 * cell.config.seed if cell.method.label == "median" else 0.0
         found[cell.key] = result(cell, 0.8 + 0.01 * cell.config.seed + better)
-    missing = next(c.key for c in plan.cells() if c.config.clients == 5 and c.config.seed == 2)
+    missing = next(c.key for c in plan.cells() if c.config.clients == 5 and c.config.seed == 3)
     del found[missing]
     text = write_report(plan, found, tmp_path).read_text()
-    assert "11 of 12 cells" in text
+    assert "15 of 16 cells" in text
     assert "1 cells are missing" in text
     assert "| method | clients 4 | clients 5 |" in text
-    assert "| fedavg | 0.810 ± 0.010 | 0.805 ± 0.007 |" in text
-    assert "| median | test | +0.0508 |" in text
+    assert "| fedavg | 0.815 ± 0.013 | 0.810 ± 0.010 |" in text
+    assert "| median | test | +0.0510 | +0.0485 to +0.0535 | 3 |" in text  # of whole seeds
     assert "1.00 / 1.00, 1.00 / 2.00" in text
     plots = sorted(path.name for path in (tmp_path / "plots").iterdir())
     assert plots == ["1-clients-4.png", "1-clients-5.png"]
@@ -254,7 +310,7 @@ def test_a_single_seed_has_no_spread() -> None:
 
 @contextmanager
 def started(plan: Path, out: Path) -> Iterator[subprocess.Popen[str]]:
-    command = [*FEDNANO, "experiment", str(plan), "--out", str(out), "--workers", "2"]
+    command = [*FEDNANO, "experiment", str(plan), "--out", str(out), "--workers", "1"]
     with subprocess.Popen(
         command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as running:

@@ -50,9 +50,10 @@ class Rank:
 
     @classmethod
     def of(cls, example: Example, losses: Sequence[float]) -> Rank:
-        """By the mean loss of each candidate's tokens, least first; the right one loses every tie."""
+        """By the mean loss of each candidate's tokens, least first; the right one loses every tie, and
+        what is not a number."""
         own = losses[example.candidates.index(example.answer)]
-        return cls(example.kind, sum(loss <= own for loss in losses))
+        return cls(example.kind, sum(not loss > own for loss in losses))
 
 
 def choices(example: Example) -> list[Example]:

@@ -66,7 +66,8 @@ def experiment_command(
         ),
     ] = None,
     table: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Only this table; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Run only its cells; may be repeated."),
     ] = None,
     workers: Annotated[
         int,
@@ -86,12 +87,12 @@ def experiment_command(
     from fednano.lab.experiment.plan import Plan
     from fednano.lab.experiment.run import Experiment, cores, described
 
-    read, console = Plan.read(plan).only(table or []), Console()
+    read, console = Plan.read(plan), Console()
     if show_list:
-        for cell in read.cells():
+        for cell in read.cells_in(table or ()):
             console.print(f"{cell.key}  {described(cell)}", highlight=False, soft_wrap=True)
         return
-    experiment = Experiment(read, out or Path(read.name), workers or cores())
+    experiment = Experiment(read, out or Path(read.name), workers or cores(), table or ())
     if only_report:
         experiment.report(console)
         return

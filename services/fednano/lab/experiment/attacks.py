@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,8 +32,8 @@ class Flipped:
     next: dict[tuple[str, str], str]  # by kind and right answer
 
     @classmethod
-    def made(cls, data: Dataset, everything: Sequence[Example]) -> Flipped:
-        """`everything` tells which answers there are."""
+    def made(cls, data: Dataset, everything: Iterable[Example]) -> Flipped:
+        """`everything` that may be trained on tells which answers there are."""
         answers: dict[str, set[str]] = {}
         for example in everything:
             answers.setdefault(example.kind, set()).add(example.answer)

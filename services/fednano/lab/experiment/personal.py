@@ -5,7 +5,7 @@ Yang et al., "Dual-Personalizing Adapter for Federated Foundation Models", NeurI
 question's output is (1 - alpha) of the merged adapter's and alpha of the own one's, alpha = lambda
 times the mean cosine similarity to a few of the client's training examples. They compare hidden states
 of the LLM. A client of a split model has none, so here it is the mean of an example's vectors before
-the adapters, less that of all of its training examples, without which any two of them are alike.
+the adapters. Questions of one task are much alike in those, so alpha is not far below lambda.
 """
 
 from __future__ import annotations
@@ -62,12 +62,10 @@ def _by_alpha(
     trainer: Trainer, config: RunConfig, data: Dataset, examples: Sequence[Example]
 ) -> Iterator[tuple[float, list[Example]]]:
     epoch = data.epoch(config.seed, config.rounds + 1, 0, "compared")
-    known = torch.stack([_vector(trainer, example) for example in epoch])
-    centre = known.mean(0)
-    compared = known[:COMPARED] - centre
+    compared = torch.stack([_vector(trainer, example) for example in epoch[:COMPARED]])
     found: dict[int, list[Example]] = {}
     for example in examples:
-        alike = cosine_similarity(_vector(trainer, example) - centre, compared, dim=-1).mean()
+        alike = cosine_similarity(_vector(trainer, example), compared, dim=-1).mean()
         alpha = LAMBDA * max(0.0, float(alike))
         found.setdefault(round(alpha * _STEPS), []).append(example)
     for step in sorted(found):

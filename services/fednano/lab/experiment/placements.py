@@ -11,6 +11,7 @@ import torch
 
 from fednano.client.adapters import NanoAdapters
 from fednano.client.datasets import Dataset
+from fednano.client.edge import EdgeHalf
 from fednano.client.examples import Example
 from fednano.client.judging import mean, mean_losses
 from fednano.client.methods import LocalRound
@@ -31,6 +32,11 @@ class Placement(Protocol):
         """Before any training: the model is the checkpoint."""
         ...
 
+    @property
+    def edge(self) -> EdgeHalf:
+        """Keeps of each example what no training changes."""
+        ...
+
     def train(self, local: LocalRound, data: Dataset) -> TrainResult: ...
 
     def evaluate(self, tensors: Tensors, examples: Sequence[Example]) -> EvaluationResult: ...
@@ -46,6 +52,10 @@ class NanoPlacement:
     def initial(self) -> Tensors:
         adapter, hidden = self.config.adapter, self.trainer.llm.hidden_size
         return initial_adapter(adapter.modalities, adapter.rank, hidden, self.config.seed)
+
+    @property
+    def edge(self) -> EdgeHalf:
+        return self.trainer.edge
 
     def train(self, local: LocalRound, data: Dataset) -> TrainResult:
         return local.train(self.trainer, data)

@@ -24,7 +24,7 @@ from pydantic import (
 
 from fednano.lab.experiment.placements_rules import PlacementName, misplaced
 from fednano.settings import invalid
-from fednano.wire.errors import InvalidRequest
+from fednano.wire.errors import InvalidRequest, Problem
 from fednano.wire.run_config import Modality, RunConfig, StrategyConfig, StrategyName
 
 _VERSION = 1
@@ -35,6 +35,12 @@ Personal = Literal["", "fine-tuned", "feddpa-f"]
 _ALONE: tuple[Reach, ...] = ("local", "centralised")
 _PERSONAL: tuple[Personal, ...] = ("fine-tuned", "feddpa-f")
 _USUAL: PlacementName = "nano-adapters"
+_WITHIN = (
+    ("adapter", "rank"),
+    ("adapter", "modalities"),
+    ("data", "source"),
+    ("data", "partition"),
+)
 _VARIED = ("name", "clients", "min_clients", "seed", "strategy", "shadows", "deterministic")
 
 
@@ -116,7 +122,8 @@ class Attack(_Section):
 
     @property
     def label(self) -> str:
-        return "none" if self.kind == "none" else f"{self.clients} {self.kind}"
+        how = f" x {self.factor:g}" if self.factor else ""
+        return "none" if self.kind == "none" else f"{self.clients} {self.kind}{how}"
 
     @property
     def times(self) -> float:
@@ -142,7 +149,9 @@ class Grid(_Section):
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
     baseline: str = Field("", description="label of the method that others are tested against")
 
-    @field_validator("methods", "partitions", "clients", "ranks", "adapters", "tasks", "seeds")
+    @field_validator(
+        *("methods", "partitions", "clients", "ranks", "adapters", "attacks", "tasks", "seeds")
+    )
     @classmethod
     def _once(cls, given: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
         for index, one in enumerate(given):
@@ -234,6 +243,12 @@ class Plan(Grid):
                 raise ValueError(
                     f"run.{name}: expected nothing, as the grid says it, got {self.run[name]!r}"
                 )
+        for section, name in _WITHIN:
+            if name in _section(self.run, section):
+                got = repr(self.run[section][name])
+                raise ValueError(
+                    f"run.{section}.{name}: expected nothing, as the grid says it, got {got}"
+                )
         names = [table.name for table in self.grids]
         if len(set(names)) < len(names):
             raise ValueError(f"tables: expected a name of its own for each, got {names}")
@@ -248,14 +263,15 @@ class Plan(Grid):
             list(self.cells_of(table))
         return self
 
-    def only(self, names: Sequence[str]) -> Plan:
-        """With those tables; with all where none is named. Raises InvalidRequest."""
+    def cells_in(self, names: Sequence[str]) -> list[Cell]:
+        """Of those tables, each once; of all where none is named. Raises InvalidRequest."""
         known = [table.name for table in self.grids]
         for name in names:
             if name not in known:
                 raise InvalidRequest.of("--table", f"one of {', '.join(known)}", name)
-        chosen = tuple(table for table in self.grids if table.name in names)
-        return self.model_copy(update={"tables": chosen}) if chosen else self
+        chosen = [table for table in self.grids if table.name in names or not names]
+        found = {cell.key: cell for table in chosen for cell in self.cells_of(table)}
+        return list(found.values())
 
     @property
     def grids(self) -> tuple[Table, ...]:
@@ -271,8 +287,7 @@ class Plan(Grid):
 
     def cells(self) -> list[Cell]:
         """Of all tables, each once."""
-        found = {cell.key: cell for table in self.grids for cell in self.cells_of(table)}
-        return list(found.values())
+        return self.cells_in(())
 
     def _cell(
         self,
@@ -299,9 +314,9 @@ class Plan(Grid):
             "deterministic": True,
             "strategy": method.strategy,
             "shadows": method.shadows,
-            "training": {**self.run.get("training", {}), **method.training},
-            "adapter": {**self.run.get("adapter", {}), "rank": rank, "modalities": adapters},
-            "data": {**self.run.get("data", {}), "source": task, "partition": partition},
+            "training": {**_section(self.run, "training"), **method.training},
+            "adapter": {**_section(self.run, "adapter"), "rank": rank, "modalities": adapters},
+            "data": {**_section(self.run, "data"), "source": task, "partition": partition},
         }
         try:
             config = RunConfig.model_validate(body)
@@ -310,7 +325,8 @@ class Plan(Grid):
             told = f"method {method.label}, {partition}, {clients} clients, rank {rank}"
             found = replace(refused, field=f"run.{refused.field}", got=f"{refused.got} ({told})")
             raise ValueError(str(found)) from None
-        if problem := misplaced(method.placement, method.personal, config):
+        problem = misplaced(method.placement, method.personal, config)
+        if problem or (problem := _unfit(method, attack, config)):
             raise ValueError(str(problem))
         return Cell(method, attack, config, self.split)
 
@@ -322,6 +338,32 @@ def _spread(given: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         return given
     return {**given, "tables": [{**shared, **table} for table in tables]}
+
+
+def _section(run: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Raises ValueError where it is something else."""
+    found = run.get(name, {})
+    if not isinstance(found, dict):
+        raise ValueError(f"run.{name}: expected a mapping, got {found!r}")
+    return found
+
+
+def _unfit(method: Method, attack: Attack, config: RunConfig) -> Problem | None:
+    """What can't be computed here, or would be something else than it says."""
+    training, strategy = config.training, config.strategy.name
+    if training.wire_dtype != "fp32":
+        return Problem(
+            "run.training.wire_dtype", "fp32: nothing crosses a wire here", training.wire_dtype
+        )
+    if training.wire != "dense":
+        return Problem("run.training.wire", "dense: nothing crosses a wire here", training.wire)
+    unequal = strategy == "flora" or bool(config.adapter.ranks)
+    if unequal and method.personal:
+        return Problem("methods", "adapters of one rank, whose training goes on", f"{method.label}")
+    if unequal and attack.times != 1.0:
+        expected = "label-flip where clients send other shapes than they get"
+        return Problem("attacks", expected, f"{attack.label} ({method.label})")
+    return None
 
 
 def _mapping(given: Any) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -14,7 +15,9 @@ from matplotlib.ticker import MaxNLocator
 
 from fednano.lab.experiment.results import Result, RoundFigures, Spent
 
-_COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
+_COLOURS = [
+    colormaps["tab20"](n) for n in (*range(0, 20, 2), *range(1, 20, 2))
+]  # strong, then pale
 _DASHES = ("--", ":", "-.")
 _MEGA = 1e6
 
@@ -52,7 +55,7 @@ def _curve(
     axes: Axes,
     results: Sequence[Result],
     method: str,
-    colour: str,
+    colour: tuple[float, float, float, float],
     cost: Callable[[Spent], float],
 ) -> None:
     rounds = [result.figures.rounds for result in results]
@@ -64,7 +67,7 @@ def _curve(
     x = [fmean(costs[index] - costs[0] for costs in spent) for index in at]
     found = [[_accuracy(run[index]) for run in rounds] for index in at]
     y = [fmean(values) for values in found]
-    band = [pstdev(values) for values in found]
+    band = [stdev(values) if len(values) > 1 else 0.0 for values in found]
     axes.plot(x, y, color=colour, label=method, marker="o", markersize=3, linewidth=1.4)
     low, high = ([m + sign * b for m, b in zip(y, band, strict=True)] for sign in (-1, 1))
     axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from fednano.wire.errors import InvalidRequest
@@ -51,10 +52,15 @@ class Figures:
     seconds: float
 
     @property
-    def accuracy(self) -> float:
-        """On the global test set, at the end: the merged adapter's, or the clients' mean."""
+    def merged(self) -> float:
+        """Accuracy on the global test set at the end, of what is merged."""
         found = [each.accuracy for each in self.rounds if each.accuracy is not None]
         return found[-1]
+
+    @property
+    def accuracy(self) -> float:
+        """The same; the mean of the clients' own adapters, where they have some."""
+        return fmean(self.test_own) if self.test_own else self.merged
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,11 @@ class ResultsFile:
             if model in ("", result.model):
                 found[result.key] = result
         return found
+
+    def last_model(self) -> str:
+        """Of the newest result; "" where there is none."""
+        found = list(self.read().values())
+        return found[-1].model if found else ""
 
     def mend(self) -> None:
         """Drops what a crash left of a last line."""

@@ -45,11 +45,23 @@ class Experiment:
     plan: Plan
     folder: Path
     workers: int
+    tables: Sequence[str] = ()
+    """The names of those that are run; none: all. The report has every table."""
 
     def run(self, console: Console) -> int:
-        """Returns the exit status: 0 where every cell is done, 130 after a signal."""
+        """Returns the exit status: 0 where every cell is done, 1 where one failed, 130 after a
+        signal."""
+        cells = self.plan.cells_in(self.tables)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _signals(), tempfile.TemporaryDirectory(prefix="fednano-experiment-") as directory:
+        with _signals():
+            try:
+                return self._run(cells, console)
+            except Interrupted as signalled:
+                console.print(f"\n{signalled}: what is done is kept; the same command goes on")
+                return 130
+
+    def _run(self, cells: Sequence[Cell], console: Console) -> int:
+        with tempfile.TemporaryDirectory(prefix="fednano-experiment-") as directory:
             halves = Path(directory)
             with console.status("cutting the model in two"):
                 split(Path(self.plan.model) if self.plan.model else TINY_MODEL, halves)
@@ -57,30 +69,35 @@ class Experiment:
             file = ResultsFile(self.folder / RESULTS)
             known = file.read(model)
             file.mend()
-            left = [cell for cell in self.plan.cells() if cell.key not in known]
+            left = [cell for cell in cells if cell.key not in known]
             left.sort(key=lambda cell: cell.config.seed)  # a whole picture early, then more seeds
-            told = f"{len(known)} of {len(known) + len(left)} cells are there already"
-            console.print(told if known else f"{len(left)} cells", highlight=False)
+            there = len(cells) - len(left)
+            told = f"{there} of {len(cells)} cells are there already"
+            console.print(told if there else f"{len(left)} cells", highlight=False)
+            failed = 0
             try:
                 for result in self._results(left, halves, model, console):
-                    file.append([result])
-            except Interrupted as signalled:
-                console.print(f"\n{signalled}: what is done is kept; the same command goes on")
-                return 130
+                    if isinstance(result, Result):
+                        file.append([result])
+                    else:
+                        failed += 1
+                        console.print(f"failed: {result}", highlight=False, soft_wrap=True)
             finally:
                 self.report(console, model)
-        return 0
+        return 1 if failed else 0
 
     def report(self, console: Console, model: str = "") -> None:
-        """Tables and plots of what is there, of the model where one is named."""
-        found = ResultsFile(self.folder / RESULTS).read(model)
+        """Tables and plots of what is there, of the model that is named, or came last."""
+        file = ResultsFile(self.folder / RESULTS)
+        found = file.read(model or file.last_model())
+        self.folder.mkdir(parents=True, exist_ok=True)
         written = write_report(self.plan, found, self.folder)
         console.print(f"tables and plots: {written}", highlight=False, soft_wrap=True)
 
     def _results(
         self, cells: Sequence[Cell], halves: Path, model: str, console: Console
-    ) -> Iterator[Result]:
-        """As they come."""
+    ) -> Iterator[Result | CellFailed]:
+        """As they come. Raises CellFailed where the processes themselves fail."""
         if not cells:
             return
         context = multiprocessing.get_context("spawn")
@@ -107,13 +124,14 @@ class Experiment:
             said.close()
 
 
-def _result(future: Future[Any], cell: Cell, model: str) -> Result:
+def _result(future: Future[Any], cell: Cell, model: str) -> Result | CellFailed:
+    """One cell's failure is no other's."""
     try:
         figures = future.result()
     except BrokenProcessPool:
-        raise CellFailed(f"{described(cell)}: its process has ended; was memory short?") from None
-    except FedNanoError as error:
-        raise CellFailed(f"{described(cell)}: {error}") from error
+        raise CellFailed("a process of the experiment has ended; was memory short?") from None
+    except Exception as error:
+        return CellFailed(f"{described(cell)}: {type(error).__name__}: {error}")
     return Result(cell.key, cell.method.label, cell.config.seed, cell.setting, model, figures)
 
 

@@ -29,7 +29,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Paired:
-    """One method less another, pair by pair: the same setting and seed, so the same data and start."""
+    """One method less another, pair by pair: the same seed, so the same data and start."""
 
     difference: float
     low: float  # of the 95 % interval
@@ -54,7 +54,7 @@ class Paired:
 
 def holm(ps: Sequence[float]) -> list[float]:
     """p values for several tests at once, adjusted by Holm's method (Scandinavian Journal of
-    Statistics 6, 1979): then 0.05 is the chance that any of them is wrong."""
+    Statistics 6, 1979): below 0.05 comes by chance at most so often, in any of them."""
     order = sorted(range(len(ps)), key=ps.__getitem__)
     adjusted, largest = [0.0] * len(ps), 0.0
     for place, index in enumerate(order):
