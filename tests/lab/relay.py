@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import struct
 import threading
+from contextlib import closing
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -69,15 +71,19 @@ class Relay:
         return asyncio.run_coroutine_threadsafe(look(), self._loop).result(10)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        near = writer.get_extra_info("socket")
+        # A descriptor of its own: the writer's may be closed under us, and then tells nothing.
+        near = socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno()))
         self._open.add(near)
-        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
         try:
-            await asyncio.gather(_carry(reader, far_writer), _carry(far_reader, writer))
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
+            with closing(far_writer):
+                await asyncio.gather(_carry(reader, far_writer), _carry(far_reader, writer))
+        except ConnectionRefusedError:
+            pass  # nobody listens there yet: the client sees its connection end, and tries again
         finally:
             self._ended += Counted.of(near)
             self._open.discard(near)
-            far_writer.close()
+            near.close()
             writer.close()
 
     async def _end(self) -> None:
