@@ -232,6 +232,17 @@ def test_merging_by_blocks_gives_the_bytes_of_merging_in_one_piece(
     assert same_bytes(strategy.aggregate(updates, block), in_one_piece(strategy, updates))
 
 
+@pytest.mark.parametrize("count", [64, 77])
+def test_the_mean_of_many_is_as_exact_as_its_result(count: int) -> None:
+    """It adds up some of them in float32; with 77 the last group is not a whole one."""
+    updates = drawn_updates(count)
+    whole, blocks = (FedAvg().aggregate(updates, block) for block in (1 << 16, 100))
+    assert same_bytes(whole, blocks)
+    for name, exact in in_one_piece(FedAvg(), updates).items():
+        largest = max(np.abs(update.adapter[name]).max() for update in updates)
+        np.testing.assert_allclose(whole[name], exact, rtol=0, atol=2e-7 * largest)
+
+
 def test_blocks_cover_every_element_once_and_cross_tensors() -> None:
     found = [list(block) for block in blocks({"b": (2, 3), "a": (4,)}, 5)]
     assert found == [[Span("a", 0, 4), Span("b", 0, 1)], [Span("b", 1, 6)]]

@@ -1,12 +1,13 @@
 """Weighted means: FedAvg, and Fisher merging.
 
-Sums are kept in float64. The caller iterates in client-id order, so that the bytes don't depend on
-who arrived first.
+Sums are kept in float64. Of many updates the plain mean adds up eight at a time in float32, which takes
+a third of the time: their products with whole numbers n_k are off by about as much as the rounding of
+the result. The caller iterates in client-id order, so that the bytes don't depend on who came first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +25,8 @@ from fednano.coordinator.strategies.updates import (
 )
 
 FISHER = "fisher."
+_MANY = 64  # updates, from which on ...
+_GROUP = 8  # so many are added up in float32
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,14 @@ class FisherMerging(Merging):
         return tuple(FISHER + name for name in sorted(names))
 
     def aggregate(self, updates: Iterable[Readable], block: int = BLOCK) -> Tensors:
-        return _merged(updates, block, (FISHER,), lambda size: _FisherMean(size, self))
+        return _merged(updates, block, (FISHER,), lambda size, count: _FisherMean(size, count, self))
 
 
 class _Sums(Protocol):
     """What is added up of one span."""
 
-    def add(self, update: Readable, name: str, at: slice, *values: Floats) -> None:
-        """`values` are elements `at` of the sums: the adapter's, then the auxiliary ones'."""
+    def add(self, update: Readable, name: str, *values: Floats) -> None:
+        """`values` are the span's elements: the adapter's, then the auxiliary ones'."""
         ...
 
     def result(self, samples: int) -> Floats: ...
@@ -75,31 +78,33 @@ def _merged(
     updates: Iterable[Readable],
     block: int,
     prefixes: tuple[str, ...],
-    sums_of: Callable[[int], _Sums],
+    sums_of: Callable[[int, int], _Sums],
 ) -> Tensors:
-    """The adapter, made block by block; `prefixes` name the auxiliary tensors that it takes."""
+    """The adapter, made block by block; `prefixes` name the auxiliary tensors that it takes.
+
+    `sums_of` takes a span's size and the number of updates.
+    """
     shapes: Mapping[str, tuple[int, ...]] = {}
-    samples = 0
+    count, samples = 0, 0
     for update in updates:
-        shapes, samples = update.shapes, samples + update.samples
+        shapes, count, samples = update.shapes, count + 1, samples + update.samples
 
     def merge(spans: tuple[Span, ...]) -> list[Floats]:
-        sums = [sums_of(span.stop - span.start) for span in spans]
+        sums = [sums_of(span.stop - span.start, count) for span in spans]
         wanted = spans + tuple(s._replace(name=p + s.name) for p in prefixes for s in spans)
         for update in updates:
             read = update.read(wanted)
             for index, span in enumerate(spans):
-                _add(sums[index], update, span, read[index :: len(spans)])
+                sums[index].add(update, span.name, *read[index :: len(spans)])
         return [total.result(samples) for total in sums]
 
     return in_blocks(shapes, block, merge)
 
 
-def _add(sums: _Sums, update: Readable, span: Span, values: Sequence[Floats]) -> None:
-    """In pieces that fit into a core's cache."""
-    for start in range(0, span.stop - span.start, BLOCK):
-        at = slice(start, start + BLOCK)
-        sums.add(update, span.name, at, *(each[at] for each in values))
+def _pieces(size: int) -> Iterator[slice]:
+    """Of a span, that fit into a core's cache."""
+    for start in range(0, size, BLOCK):
+        yield slice(start, min(size, start + BLOCK))
 
 
 def _nothing(size: int) -> Doubles:
@@ -108,47 +113,69 @@ def _nothing(size: int) -> Doubles:
 
 
 class _Mean:
-    def __init__(self, size: int) -> None:
-        self.total = _nothing(size)
-        self._scratch = np.empty(min(size, BLOCK))
+    """sum n_k theta_k, of so many updates."""
 
-    def add(self, update: Readable, name: str, at: slice, *values: Floats) -> None:
+    def __init__(self, size: int, updates: int) -> None:
+        many = updates >= _MANY
+        self._at_a_time = _GROUP if many else updates
+        self._total = _nothing(size)
+        self._group = np.empty(size, np.float32 if many else np.float64)
+        self._scratch = np.empty(min(size, BLOCK), self._group.dtype)
+        self._grouped = 0
+
+    def add(self, update: Readable, name: str, *values: Floats) -> None:
         (theta,) = values
-        product = self._scratch[: len(theta)]
-        np.copyto(product, theta)
-        product *= update.samples
-        self.total[at] += product
+        samples = self._group.dtype.type(update.samples)
+        for at in _pieces(len(theta)):
+            if self._grouped == 0:
+                np.multiply(theta[at], samples, out=self._group[at])
+                continue
+            product = self._scratch[: at.stop - at.start]
+            np.multiply(theta[at], samples, out=product)
+            np.add(self._group[at], product, out=self._group[at])
+        self._grouped += 1
+        if self._grouped == self._at_a_time:
+            self._settle()
 
     def result(self, samples: int) -> Floats:
-        return (self.total / samples).astype(np.float32)
+        return self.mean(samples).astype(np.float32)
+
+    def mean(self, samples: int) -> Doubles:
+        self._settle()
+        return self._total / samples
+
+    def _settle(self) -> None:
+        if self._grouped:
+            np.add(self._total, self._group, out=self._total)
+        self._grouped = 0
 
 
 class _FisherMean:
-    def __init__(self, size: int, how: FisherMerging) -> None:
+    def __init__(self, size: int, updates: int, how: FisherMerging) -> None:
         self._how = how
         self._weighted = _nothing(size)
         self._weights = _nothing(size)
         # With damping no weight is 0, so nobody will ask for the plain mean.
-        self._plain = None if how.damping else _Mean(size)
+        self._plain = None if how.damping else _Mean(size, updates)
         self._scratch = np.empty((2, min(size, BLOCK)))
 
-    def add(self, update: Readable, name: str, at: slice, *values: Floats) -> None:
+    def add(self, update: Readable, name: str, *values: Floats) -> None:
         theta, fisher = values
-        weight, product = self._scratch[:, : len(theta)]
-        np.copyto(weight, fisher)
-        if self._how.scaled:
-            mean = update.mean(FISHER + name)
+        mean = update.mean(FISHER + name) if self._how.scaled else 1.0
+        for at in _pieces(len(theta)):
+            weight, product = self._scratch[:, : at.stop - at.start]
+            np.copyto(weight, fisher[at])
             if mean > 0:
                 weight /= mean
             else:
                 weight.fill(0)
-        weight += self._how.damping
-        weight *= update.samples
-        np.multiply(weight, theta, out=product)
-        self._weighted[at] += product
-        self._weights[at] += weight
+            weight += self._how.damping
+            weight *= update.samples
+            np.multiply(weight, theta[at], out=product)
+            self._weighted[at] += product
+            self._weights[at] += weight
         if self._plain is not None:
-            self._plain.add(update, name, at, theta)
+            self._plain.add(update, name, theta)
 
     def result(self, samples: int) -> Floats:
         """weighted / weights, and the plain mean where the weights are 0; never NaN."""
@@ -156,4 +183,4 @@ class _FisherMean:
             return (self._weighted / self._weights).astype(np.float32)
         safe = self._weights > 0
         merged = self._weighted / np.where(safe, self._weights, 1)
-        return np.where(safe, merged, self._plain.total / samples).astype(np.float32)
+        return np.where(safe, merged, self._plain.mean(samples)).astype(np.float32)
