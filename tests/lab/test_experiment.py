@@ -72,6 +72,18 @@ def test_a_table_takes_from_the_plan_what_it_does_not_say(tmp_path: Path) -> Non
         plan.cells_in(["third"])
 
 
+def test_a_table_s_run_changes_some_of_the_plan_s(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(
+        "name: two\nmethods: [fedavg]\nrun: {rounds: 5, evaluation: {every: 5}}\ntables:\n"
+        "  - {name: short}\n  - {name: long, run: {rounds: 9}}\n"
+    )
+    plan = Plan.read(path)
+    found = [plan.cells_in([name])[0].config for name in ("short", "long")]
+    assert [(each.rounds, each.evaluation.every) for each in found] == [(5, 5), (9, 5)]
+    assert "Here: rounds 9." in write_report(plan, {}, tmp_path).read_text()
+
+
 def test_the_key_is_that_of_what_is_computed_not_of_what_it_is_called() -> None:
     (plain,) = cells()
     (named,) = cells(methods=[{"name": "fedavg", "label": "mean"}])
@@ -100,6 +112,7 @@ def test_a_method_may_have_a_training_of_its_own() -> None:
         ({"run": {"seed": 1}}, "run.seed: expected nothing"),
         ({"partitions": ["zipf"]}, "run.data.partition: expected"),
         ({"run": {"adapter": {"rank": 8}}}, "run.adapter.rank: expected nothing"),
+        ({"tables": [{"name": "a", "run": {"seed": 1}}]}, "run.seed: expected nothing"),
         ({"run": {"adapter": None}}, "run.adapter: expected a mapping"),
         ({"run": {"training": {"wire_dtype": "int8"}}}, "run.training.wire_dtype: expected fp32"),
         ({"run": {"training": {"wire": "factored"}}}, "run.training.wire: expected dense"),

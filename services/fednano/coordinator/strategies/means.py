@@ -61,7 +61,9 @@ class FisherMerging(Merging):
         return tuple(FISHER + name for name in sorted(names))
 
     def aggregate(self, updates: Iterable[Readable], block: int = BLOCK) -> Tensors:
-        return _merged(updates, block, (FISHER,), lambda size, count: _FisherMean(size, count, self))
+        return _merged(
+            updates, block, (FISHER,), lambda size, count: _FisherMean(size, count, self)
+        )
 
 
 class _Sums(Protocol):

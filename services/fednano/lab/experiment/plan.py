@@ -148,6 +148,9 @@ class Grid(_Section):
     tasks: tuple[Literal["digits", "scenes"], ...] = Field(("digits",), min_length=1)
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
     baseline: str = Field("", description="label of the method that others are tested against")
+    run: dict[str, Any] = Field(
+        default_factory=dict, description="of every cell: a RunConfig, without what varies"
+    )
 
     @field_validator(
         *("methods", "partitions", "clients", "ranks", "adapters", "attacks", "tasks", "seeds")
@@ -215,9 +218,6 @@ class Plan(Grid):
     split: Literal["validation", "test"] = Field(
         "test", description="what is scored; hyper-parameters are chosen on validation"
     )
-    run: dict[str, Any] = Field(
-        default_factory=dict, description="of every cell: a RunConfig, without what varies"
-    )
     tables: tuple[Table, ...] = Field((), description="several grids; none: the plan's own is one")
 
     @classmethod
@@ -238,21 +238,11 @@ class Plan(Grid):
 
     @model_validator(mode="after")
     def _possible(self) -> Plan:
-        for name in _VARIED:
-            if name in self.run:
-                raise ValueError(
-                    f"run.{name}: expected nothing, as the grid says it, got {self.run[name]!r}"
-                )
-        for section, name in _WITHIN:
-            if name in _section(self.run, section):
-                got = repr(self.run[section][name])
-                raise ValueError(
-                    f"run.{section}.{name}: expected nothing, as the grid says it, got {got}"
-                )
         names = [table.name for table in self.grids]
         if len(set(names)) < len(names):
             raise ValueError(f"tables: expected a name of its own for each, got {names}")
         for table in self.grids:
+            _check_run(table.run)
             if not table.methods:
                 raise ValueError(f"methods: expected at least one for {table.name!r}, got none")
             labels = [method.label for method in table.methods]
@@ -283,7 +273,7 @@ class Plan(Grid):
         axes = (table.tasks, table.partitions, table.clients, table.ranks, table.adapters)
         for setting in product(*axes, table.attacks):
             for method, seed in product(table.methods, table.seeds):
-                yield self._cell(method, seed, *setting)
+                yield self._cell(table.run, method, seed, *setting)
 
     def cells(self) -> list[Cell]:
         """Of all tables, each once."""
@@ -291,6 +281,7 @@ class Plan(Grid):
 
     def _cell(
         self,
+        run: Mapping[str, Any],
         method: Method,
         seed: int,
         task: str,
@@ -306,7 +297,7 @@ class Plan(Grid):
             )
         least = max(each.least_updates for each in (method.strategy, *method.shadows))
         body = {
-            **self.run,
+            **run,
             "name": "cell",
             "clients": clients,
             "min_clients": min(clients, max(2, least)),
@@ -314,9 +305,9 @@ class Plan(Grid):
             "deterministic": True,
             "strategy": method.strategy,
             "shadows": method.shadows,
-            "training": {**_section(self.run, "training"), **method.training},
-            "adapter": {**_section(self.run, "adapter"), "rank": rank, "modalities": adapters},
-            "data": {**_section(self.run, "data"), "source": task, "partition": partition},
+            "training": {**_section(run, "training"), **method.training},
+            "adapter": {**_section(run, "adapter"), "rank": rank, "modalities": adapters},
+            "data": {**_section(run, "data"), "source": task, "partition": partition},
         }
         try:
             config = RunConfig.model_validate(body)
@@ -337,7 +328,26 @@ def _spread(given: dict[str, Any]) -> dict[str, Any]:
     tables = given.get("tables")
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         return given
-    return {**given, "tables": [{**shared, **table} for table in tables]}
+    return {**given, "tables": [_completed(table, shared) for table in tables]}
+
+
+def _completed(table: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
+    """Its `run` changes some of the plan's."""
+    runs = [held for held in (shared.get("run"), table.get("run")) if isinstance(held, dict)]
+    changed = {"run": runs[0] | runs[1]} if len(runs) == 2 else {}
+    return {**shared, **table, **changed}
+
+
+def _check_run(run: Mapping[str, Any]) -> None:
+    """Raises ValueError for what the grid says."""
+    inner = [(s, n, _section(run, s)) for s, n in _WITHIN]
+    told = [(name, run) for name in _VARIED] + [(f"{s}.{n}", held) for s, n, held in inner]
+    for name, held in told:
+        key = name.rpartition(".")[2]
+        if key in held:
+            raise ValueError(
+                f"run.{name}: expected nothing, as the grid says it, got {held[key]!r}"
+            )
 
 
 def _section(run: Mapping[str, Any], name: str) -> dict[str, Any]:

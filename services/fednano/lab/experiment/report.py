@@ -75,7 +75,7 @@ def write_report(plan: Plan, results: Mapping[str, Result], folder: Path) -> Pat
     lines += [*_preamble(plan, results), ""]
     for number, table in enumerate(plan.grids, 1):
         found = Found.of(plan, table, results)
-        lines += [f"## {table.name}", ""]
+        lines += [f"## {table.name}", "", *_told(table, plan)]
         if found.missing:
             lines += [f"**{found.missing} cells are missing**; the table holds what is there.", ""]
         lines += _table(found, "Accuracy at the end", _accuracy)
@@ -92,6 +92,14 @@ def write_report(plan: Plan, results: Mapping[str, Result], folder: Path) -> Pat
     path = folder / REPORT
     path.write_text("\n".join(lines).rstrip() + "\n")
     return path
+
+
+def _told(table: Table, plan: Plan) -> Iterator[str]:
+    """In what its runs differ from the plan's."""
+    changed = {name: value for name, value in table.run.items() if plan.run.get(name) != value}
+    if changed:
+        yield f"Here: {', '.join(f'{name} {value}' for name, value in changed.items())}."
+        yield ""
 
 
 def _preamble(plan: Plan, results: Mapping[str, Result]) -> Iterator[str]:
