@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, get_args
 
 import pytest
+from fednano.coordinator.cohorts import evaluation_seconds
 from fednano.wire.run_config import RunConfig, StrategyConfig, StrategyName, TrainingConfig
 from pydantic import ValidationError
 
@@ -207,6 +208,33 @@ def test_what_does_not_go_with_ranks_or_controls_is_refused_with_the_reason(
     values: dict[str, Any], reason: str
 ) -> None:
     assert reason in refusal(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"evaluation": {"own_data": "never"}}, "evaluation.own_data: expected ends or always for"),
+        ({"strategy": {"name": "flora"}}, "personal: expected none with flora, where a client"),
+        (
+            {"strategy": {"name": "product"}, "adapter": {"ranks": [4]}},
+            "personal: expected none with adapter.ranks",
+        ),
+    ],
+)
+def test_what_does_not_go_with_adapters_of_clients_own_is_refused(
+    values: dict[str, Any], reason: str
+) -> None:
+    assert reason in refusal(personal="fine-tuned", **values)
+
+
+def test_who_trains_once_more_has_the_time_of_a_round_for_it() -> None:
+    body = {"name": "t", "rounds": 3, "round_seconds": 50, "evaluation": {"seconds": 20}}
+    plain = RunConfig.model_validate(body)
+    personal = RunConfig.model_validate(
+        {**body, "personal": "feddpa-f", "shadows": [{"name": "median"}], "min_clients": 3}
+    )
+    assert [evaluation_seconds(plain, number) for number in (2, 3)] == [20, 20]
+    assert [evaluation_seconds(personal, number) for number in (2, 3)] == [40, 90]
 
 
 def test_ranks_are_dealt_out_in_turn() -> None:

@@ -20,7 +20,6 @@ from fednano.coordinator.store_adapters import make_adapter
 from fednano.coordinator.strategies import State
 from fednano.lab.experiment.attacks import Flipped, attackers, forged
 from fednano.lab.experiment.cell import Bench, Pooled, Solo
-from fednano.lab.experiment.personal import mixed
 from fednano.lab.experiment.placements import NanoPlacement
 from fednano.lab.experiment.plan import Attack, Cell, Plan
 from fednano.lab.experiment.report import write_report
@@ -116,7 +115,7 @@ def test_a_method_may_have_a_training_of_its_own() -> None:
         ({"run": {"adapter": None}}, "run.adapter: expected a mapping"),
         ({"run": {"training": {"wire_dtype": "int8"}}}, "run.training.wire_dtype: expected fp32"),
         ({"run": {"training": {"wire": "factored"}}}, "run.training.wire: expected dense"),
-        ({"methods": [{"name": "fine-tuned", "strategy": "flora"}]}, "methods: expected adapters"),
+        ({"methods": [{"name": "fine-tuned", "strategy": "flora"}]}, "run.personal: expected none"),
         ({"methods": ["flora"], "attacks": ["scale"]}, "attacks: expected label-flip"),
         ({"attacks": ["scale", "scale"]}, "attacks: expected each once"),
         ({"attacks": [{"kind": "scale", "clients": 4}]}, "attacks.clients: expected fewer than 4"),
@@ -237,19 +236,6 @@ def test_everybody_s_data_is_trained_on_once_an_epoch() -> None:
     separate = [e.id for n, shard in enumerate(shards) for e in shard.epoch(0, 1, 0, f"shard-{n}")]
     assert sorted(example.id for example in pooled) == sorted(separate)
     assert [example.id for example in pooled] != separate
-
-
-def test_mixed_adapters_give_the_mixture_of_their_outputs() -> None:
-    rng = np.random.default_rng(0)
-    shapes = {"image.down": (2, 6), "image.up": (6, 2)}
-    one, other = ({n: rng.normal(size=s) for n, s in shapes.items()} for _ in range(2))
-    x = rng.normal(size=6)
-
-    def output(tensors: Any) -> Any:
-        return tensors["image.up"] @ tensors["image.down"] @ x
-
-    expected = 0.7 * output(one) + 0.3 * output(other)
-    np.testing.assert_allclose(output(mixed(one, other, 0.3)), expected, rtol=1e-6)
 
 
 def test_the_paired_test_is_student_s() -> None:

@@ -43,6 +43,20 @@ def wait_for_end(federation: Federation, run: str) -> None:
     assert [federation.processes.status(name) for name in MEMBERS] == [0, 0, 0]
 
 
+def command(federation: Federation, *arguments: str) -> str:
+    """What a `fednano` command prints; it must succeed."""
+    done = subprocess.run(
+        [*FEDNANO, *arguments],
+        env=environment(federation),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def collecting(federation: Federation, run: str, number: int) -> bool:
     """Whether a round is in the clients' hands, or past that."""
     with federation.rest() as api:
@@ -57,6 +71,13 @@ def undisturbed(federation: Federation) -> dict[str, bytes]:
     start_members(federation, "undisturbed")
     wait_for_end(federation, "undisturbed")
     return adapter_of(federation, "undisturbed", 3)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "digit.png"
+    load_split("test")[0].image.save(path)
+    return path
 
 
 def test_killing_every_service_in_turn_changes_no_byte(
@@ -94,6 +115,28 @@ def test_an_experiment_s_cell_ends_where_the_services_do(
     ]
 
 
+def test_clients_keep_adapters_of_their_own_as_in_an_experiment(
+    federation: Federation, picture: Path, tmp_path: Path
+) -> None:
+    config = small_run("personal", rounds=1, strategy={"name": "fedavg"}, personal="fine-tuned")
+    federation.create_run(config)
+    federation.start_client("evaluator", "personal", "evaluator", once="true")
+    for name in ("client-1", "client-2"):
+        federation.start_client(name, "personal", once="true", cache_dir=str(tmp_path / name))
+    wait_for_end(federation, "personal")
+    cell = Cell(Method.model_validate("fine-tuned"), Attack(), config, "test")
+    figures = Solo(Bench.load(federation.halves), cell, lambda text: None).run()
+    with federation.rest() as api:
+        own = api.get("runs/personal/rounds/1").json()["own"]
+    found = [own[name] for name in ("client-1", "client-2")]
+    assert [each["accuracy"] for each in found] == figures.own_shared
+    assert [each["personal.accuracy"] for each in found] == figures.own
+    assert [each["personal.global_accuracy"] for each in found] == figures.test_own
+    asked = ["ask", "What digit is this?", "--image", str(picture), "--run", "personal"]
+    here = ["--id", "client-1", "--cache-dir", str(tmp_path / "client-1")]
+    assert command(federation, *asked, "--personal", *here).strip()
+
+
 def test_the_ledger_knows_every_kind(federation: Federation, undisturbed: dict[str, bytes]) -> None:
     with federation.rest() as api:
         totals = api.get("runs/undisturbed/ledger").json()["totals"]
@@ -101,27 +144,6 @@ def test_the_ledger_knows_every_kind(federation: Federation, undisturbed: dict[s
     assert totals["received"].keys() >= {"gradients", "adapters", "control"}
     tensors = 4 * 16 * 128 * 4
     assert totals["sent"]["adapters"] == 2 * 3 * 2 * tensors  # clients, rounds, with Fisher
-
-
-def command(federation: Federation, *arguments: str) -> str:
-    """What a `fednano` command prints; it must succeed."""
-    done = subprocess.run(
-        [*FEDNANO, *arguments],
-        env=environment(federation),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    path = tmp_path / "digit.png"
-    load_split("test")[0].image.save(path)
-    return path
 
 
 def test_ask_answers_as_the_exported_adapter_does(

@@ -14,6 +14,7 @@ from fednano.client.datasets import open_image
 from fednano.client.edge import EdgeHalf
 from fednano.client.examples import Example
 from fednano.client.meter import Meter
+from fednano.client.personal import Kept, kept_at
 from fednano.client.remote import Caller, RemoteLanguageModel
 from fednano.client.replicas import Replicas
 from fednano.client.settings import ClientSettings
@@ -21,15 +22,24 @@ from fednano.client.trainer import Trainer
 from fednano.models.checkpoint import HalfRecord, read_record
 from fednano.models.language_model import Sampling
 from fednano.wire import coordinator_pb2 as pb
-from fednano.wire.errors import NotFound
+from fednano.wire.errors import InvalidRequest, NotFound
 
 
 @dataclass(frozen=True)
 class Which:
-    """The adapters to answer with: none without a run; of a run the best, or those of a round."""
+    """The adapters to answer with: none without a run; of a run the best, those of a round, or what
+    this client kept for itself."""
 
     run: str = ""
     round: int | None = None
+    personal: bool = False
+
+    def check(self) -> None:
+        """Raises InvalidRequest for what contradicts itself."""
+        if self.personal and not self.run:
+            raise InvalidRequest.of("--run", "the run that --personal was kept of", "nothing")
+        if self.personal and self.round is not None:
+            raise InvalidRequest.of("--round", "nothing beside --personal", self.round)
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,8 @@ def answer(
 ) -> Iterator[str]:
     """Pieces of the answer as the LLM produces them."""
     settings.check()
+    which.check()
+    kept = _kept(settings, which.run) if which.personal else None
     tls = settings.client_tls()
     coordinator = CoordinatorClient(
         settings.coordinator,
@@ -55,16 +67,26 @@ def answer(
     try:
         token = coordinator.login()
         record = read_record(settings.edge, "edge")
-        adapters = _adapters(coordinator, which, record)
         caller = Caller(coordinator.header, lambda: token)
         llm = RemoteLanguageModel(replicas, caller, Meter(), retry_seconds=settings.retry_seconds)
         trainer = Trainer(EdgeHalf(settings.edge, llm), llm)
         images = tuple(open_image(path) for path in question.images)
         example = Example("question", images, question.text, "")
+        if kept is not None:
+            adapters = kept.adapters(trainer.edge, example)
+        else:
+            adapters = _adapters(coordinator, which, record)
         yield from _pieces(trainer, adapters, example, sampling)
     finally:
         replicas.close()
         coordinator.close()
+
+
+def _kept(settings: ClientSettings, run: str) -> Kept:
+    """Raises InvalidRequest where this client kept nothing of the run."""
+    if settings.cache_dir is None:
+        raise InvalidRequest.of("--cache-dir", "where the client kept its own adapter", "nothing")
+    return Kept.load(kept_at(settings.cache_dir, run, settings.id))
 
 
 def _adapters(coordinator: CoordinatorClient, which: Which, record: HalfRecord) -> NanoAdapters:

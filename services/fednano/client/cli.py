@@ -201,10 +201,15 @@ def ask_command(
     round_number: Annotated[
         int | None, typer.Option("--round", min=0, help="of the run  [default: the best one]")
     ] = None,
+    personal: Annotated[
+        bool, typer.Option("--personal", help="with the adapter that this client kept of the run")
+    ] = False,
     coordinator: Coordinator = None,
     llm: Llm = None,
     token_file: TokenFile = None,
     edge: Edge = None,
+    id: Id = None,
+    cache_dir: CacheDir = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest words")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="of sampling, where temperature is not 0")] = 0,
@@ -225,7 +230,7 @@ def ask_command(
     tracing.configure("client")
     asked = Question(question, tuple(image or ()))
     sampling = Sampling(max_new_tokens, temperature, seed=seed)
-    pieces = answer(settings, asked, Which(adapters_of, round_number), sampling)
+    pieces = answer(settings, asked, Which(adapters_of, round_number, personal), sampling)
     with Meanwhile():
         if as_json:
             typer.echo(json.dumps({"question": question, "answer": "".join(pieces)}))

@@ -167,6 +167,7 @@ class Client:
             self._own_data,
             self.settings.role == "evaluator",
             self._controls,
+            self.settings.cache_dir,
         )
         with heartbeat:
             while True:

@@ -6,16 +6,15 @@ algorithm 1. c is the server's control, c_i the client's.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from fednano.client import private_files
 from fednano.client.adapters import NanoAdapters, Tensors
+from fednano.client.private_files import under
 
 CONTROL = "control."
 _BEFORE, _AFTER = "before.", "after."
@@ -105,13 +104,9 @@ class Controls:
         self._kept[run] = kept = _Kept(number, self.of(run, number), gradient)
         if self.directory is None:
             return
-        path = self._path(run)
-        unfinished = path.with_suffix(f".{os.getpid()}")
         tensors = {_BEFORE + name: held for name, held in kept.before.items()}
         tensors |= {_AFTER + name: held for name, held in kept.after.items()}
-        unfinished.touch(mode=0o600)
-        save_file(tensors, unfinished, {"round": str(kept.round)})
-        unfinished.replace(path)
+        private_files.save(self._path(run), tensors, {"round": str(kept.round)})
 
     def forget(self, run: str) -> None:
         """The run is over."""
@@ -125,15 +120,11 @@ class Controls:
 
     def _read(self, run: str) -> _Kept | None:
         """None where there is nothing that can be read."""
-        if self.directory is None:
+        found = private_files.load(self._path(run)) if self.directory is not None else None
+        if found is None:
             return None
-        try:
-            with safe_open(self._path(run), "numpy") as file:
-                number = int(file.metadata()["round"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (FileNotFoundError, SafetensorError):
-            return None
-        return _Kept(number, _under(_BEFORE, tensors), _under(_AFTER, tensors))
+        tensors, about = found
+        return _Kept(int(about["round"]), under(_BEFORE, tensors), under(_AFTER, tensors))
 
 
 def less(one: Tensors, other: Tensors) -> Tensors:
@@ -142,7 +133,3 @@ def less(one: Tensors, other: Tensors) -> Tensors:
     for name, held in other.items():
         found[name] = found.get(name, np.zeros_like(held)) - held
     return found
-
-
-def _under(prefix: str, tensors: Tensors) -> Tensors:
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fednano.client.adapters import NanoAdapters, Tensors
 from fednano.client.coordination import Adapter, CoordinatorClient, Membership
@@ -13,6 +14,7 @@ from fednano.client.datasets import Dataset, JsonlDataset, Shard, global_test_se
 from fednano.client.examples import Example
 from fednano.client.heartbeat import Heartbeat, TaskGivenUp
 from fednano.client.methods import LocalRound
+from fednano.client.personal import COMPARED_BY, Kept, Mixture, kept_at
 from fednano.client.scaffold import Controls
 from fednano.client.trainer import EvaluationResult, Trainer, TrainResult
 from fednano.wire import coordinator_pb2 as pb
@@ -33,6 +35,8 @@ class Worker:
     own_data: JsonlDataset | None = None
     evaluator: bool = False
     controls: Controls = field(default_factory=Controls)
+    directory: Path | None = None
+    """Where the client keeps what is its own after a run."""
     _adapters: dict[str, Adapter] = field(default_factory=dict)
     _dataset: tuple[tuple[int, int], Dataset] | None = None
 
@@ -77,7 +81,7 @@ class Worker:
                 raise TaskGivenUp(str(error)) from error
         return handed
 
-    def _stable_name(self, task: pb.TrainTask) -> str:
+    def _stable_name(self, task: pb.TrainTask | pb.EvaluateTask) -> str:
         """What the order of the data hangs on: the shard, so that who leases it doesn't matter."""
         return f"shard-{task.shard}" if task.of else self.coordinator.client
 
@@ -88,13 +92,57 @@ class Worker:
             leader, *shadows = task.adapters
             found = {leader: self._evaluated(self._adapter(leader), examples)}
             found |= self._evaluated_beside(shadows, examples)
+            evaluations = [_evaluation(digest, result) for digest, result in found.items()]
+            evaluations[0].metrics.update(self._personal(task, self._adapter(leader)))
             request = pb.SubmitEvaluationRequest(
-                header=self.coordinator.header(self.member, task),
-                evaluations=[_evaluation(digest, result) for digest, result in found.items()],
+                header=self.coordinator.header(self.member, task), evaluations=evaluations
             )
             reply = self.coordinator.submit_evaluation(request)
         for result in found.values():
             _log_reply("evaluation", reply, accuracy=round(result.accuracy, 4))
+
+    def _personal(self, task: pb.EvaluateTask, merged: Adapter) -> dict[str, float]:
+        """After the last round: an adapter of the client's own, trained from the merged one and kept;
+        what it is worth. Nothing where the run wants none."""
+        config = self.member.config
+        if config.personal == "none" or self.evaluator or task.round != config.rounds:
+            return {}
+        data = self._data(task.shard, task.of)
+        local = LocalRound(
+            config=config,
+            number=config.rounds + 1,
+            name=self._stable_name(task),
+            rank=config.adapter.rank,
+            base=merged.tensors,
+            training=config.training,
+        )
+        own = local.train(self.trainer, data, self.heartbeat.progress).adapter
+        mixture = None
+        if config.personal == "feddpa-f":
+            compared = data.epoch(config.seed, local.number, 0, COMPARED_BY)
+            mixture = Mixture.of(self.trainer.edge, merged.tensors, own, compared)
+        kept = Kept(merged.scale, own, mixture)
+        self._keep(kept)
+        return self._worth(kept, data)
+
+    def _worth(self, kept: Kept, data: Dataset) -> dict[str, float]:
+        """On what the client held back, and on the global test set where that is a built-in task's."""
+        config, progress = self.member.config, self.heartbeat.progress
+        longest = config.evaluation.max_new_tokens
+        own = kept.score(self.trainer, data.held_back(), longest, progress)
+        found = {"personal.accuracy": own.accuracy, "personal.loss": own.loss}
+        if config.data.dealt:
+            everybody = kept.score(self.trainer, global_test_set(config.data), longest, progress)
+            found["personal.global_accuracy"] = everybody.accuracy
+        return found
+
+    def _keep(self, kept: Kept) -> None:
+        if self.directory is None:
+            log.warning("no cache directory: the client's own adapter is scored and not kept")
+            return
+        path = kept_at(self.directory, self.member.run, self.coordinator.client)
+        kept.save(path)
+        log.info("the client's own adapter is kept", extra={"path": str(path)})
 
     def _evaluated_beside(
         self, shadows: Sequence[str], examples: Sequence[Example]

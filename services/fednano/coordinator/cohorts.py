@@ -42,3 +42,10 @@ def evaluating_roles(config: RunConfig, number: int) -> frozenset[str]:
     if evaluation.own_data == "always" or (evaluation.own_data == "ends" and ends):
         roles.add("trainer")
     return frozenset(roles)
+
+
+def evaluation_seconds(config: RunConfig, number: int) -> float:
+    """Deadline of a merged round's evaluation: of its adapter and each shadow's and, after the last
+    round, of clients that train once more by themselves."""
+    alone = config.round_seconds if config.personal != "none" and number == config.rounds else 0.0
+    return config.evaluation.seconds * len(config.strategies) + alone

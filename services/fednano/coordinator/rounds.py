@@ -12,7 +12,12 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from fednano.coordinator.cohorts import evaluating_roles, sample_cohort, wanted_updates
+from fednano.coordinator.cohorts import (
+    evaluating_roles,
+    evaluation_seconds,
+    sample_cohort,
+    wanted_updates,
+)
 from fednano.coordinator.database import Raced
 from fednano.coordinator.fields import StoredRound, StoredRun
 from fednano.coordinator.records import RoundState, RunState, ShadowRecord
@@ -288,7 +293,7 @@ class Rounds:
         after = replace(
             seen,
             state=RoundState.EVALUATING,
-            deadline=self._now() + run.config.evaluation.seconds * len(made),
+            deadline=self._now() + evaluation_seconds(run.config, round_.number),
             adapter_digest=leader.adapter.digest,
             handed=await asyncio.to_thread(handed_digest, states[0]),
             evaluators=evaluators,

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from fednano.wire.run_config import RunConfig
 
+_ALONE = "personal.accuracy"  # of an adapter that a client keeps for itself
 Record = dict[str, Any]
 
 
@@ -88,11 +89,17 @@ def _summary(run: Record, done: list[Record]) -> Text:
 
 def _own_table(done: list[Record]) -> Table:
     """Accuracy on what each client holds back of its own data."""
-    table = Table("client", "own data, zero-shot", "own data, last round")
     first, last = done[0]["own"], done[-1]["own"]
+    measured = {
+        "own data, zero-shot": (first, "accuracy"),
+        "own data, last round": (last, "accuracy"),
+    }
+    if any(_ALONE in found for found in last.values()):
+        measured["own data, by its own adapter"] = (last, _ALONE)
+    table = Table("client", *measured)
     for name in sorted(first.keys() | last.keys()):
-        before, after = first.get(name, {}), last.get(name, {})
-        table.add_row(name, _percent(before.get("accuracy")), _percent(after.get("accuracy")))
+        found = (own.get(name, {}).get(metric) for own, metric in measured.values())
+        table.add_row(name, *map(_percent, found))
     return table
 
 

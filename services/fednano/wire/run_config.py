@@ -18,6 +18,7 @@ from fednano.wire.participation import (
     most_at_once,
 )
 from fednano.wire.partition import SMALLEST_SHARE, TRAINING_IMAGES, Partition, most_clients
+from fednano.wire.personal import Personal, check_personal
 from fednano.wire.ranks import check_ranks
 from fednano.wire.section import Section
 from fednano.wire.shadows import MOST_SHADOWS, check_shadows
@@ -194,6 +195,11 @@ class RunConfig(Section):
         description="further strategies that merge the same updates each round, one step from the"
         " adapter of the one that leads, and are evaluated beside it; they don't change the run",
     )
+    personal: Personal = Field(
+        "none",
+        description="once the last round is merged each client trains for another one by itself and"
+        " keeps that adapter; fine-tuned: it answers with it; feddpa-f: it mixes both, by question",
+    )
     adapter: AdapterConfig = AdapterConfig()
     training: TrainingConfig = TrainingConfig()
     data: DataConfig = DataConfig()
@@ -217,6 +223,7 @@ class RunConfig(Section):
         check_participation(self)
         check_shadows(self.strategy, self.shadows)
         check_ranks(self)
+        check_personal(self)
         self._suits("strategy", self.strategy)
         for index, shadow in enumerate(self.shadows):
             self._suits(f"shadows.{index}", shadow)

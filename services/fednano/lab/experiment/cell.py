@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import mean
 
@@ -23,6 +23,7 @@ from fednano.client.datasets import TASKS, Dataset, Shard
 from fednano.client.edge import EdgeHalf
 from fednano.client.examples import Example
 from fednano.client.methods import LocalRound
+from fednano.client.personal import COMPARED_BY, Kept, Mixture
 from fednano.client.scaffold import Controls
 from fednano.client.trainer import EvaluationResult, Trainer
 from fednano.coordinator.cohorts import evaluating_roles, sample_cohort
@@ -31,7 +32,6 @@ from fednano.coordinator.store_adapters import make_adapter
 from fednano.coordinator.strategies import State, Update, strategy_of
 from fednano.lab.experiment.attacks import Flipped, attackers, forged
 from fednano.lab.experiment.metered import MeteredLanguageModel
-from fednano.lab.experiment.personal import evaluate_mixed
 from fednano.lab.experiment.placements import NanoPlacement, Placement
 from fednano.lab.experiment.placements_connector import ConnectorEdge, ConnectorPlacement
 from fednano.lab.experiment.plan import Cell
@@ -330,16 +330,25 @@ class Solo:
         for member, shard in enumerate(self._shards):
             self._say(f"client {member + 1} of {config.clients} goes on by itself")
             adapter = self._alone(shard, shard_name(member), shared, following)
-            if self._cell.method.personal == "fine-tuned":
-                own.append(self._scored(adapter, self._held_back[member]).accuracy)
-                tested.append(self._scored(adapter, self._exam).accuracy)
-                continue
-            for examples, found in ((self._held_back[member], own), (self._exam, tested)):
-                found.append(
-                    evaluate_mixed(self._bench.trainer, config, shared, adapter, shard, examples)
-                )
+            mixes = self._cell.method.personal == "feddpa-f"
+            score = self._mixing(shared, adapter, shard) if mixes else self._scoring(adapter)
+            own.append(score(self._held_back[member]).accuracy)
+            tested.append(score(self._exam).accuracy)
         self._meter.take()
         return Figures(rounds, own, self._own([shared] * config.clients), tested, "", 0.0)
+
+    def _scoring(self, adapter: Tensors) -> Callable[[Sequence[Example]], EvaluationResult]:
+        return partial(self._scored, adapter)
+
+    def _mixing(
+        self, shared: Tensors, own: Tensors, data: Dataset
+    ) -> Callable[[Sequence[Example]], EvaluationResult]:
+        """Scores FedDPA-F's mixture of both adapters."""
+        config, trainer = self._config, self._bench.trainer
+        compared = data.epoch(config.seed, config.rounds + 1, 0, COMPARED_BY)
+        mixture = Mixture.of(trainer.edge, shared, own, compared)
+        kept, longest = Kept(config.adapter.scale, own, mixture), config.evaluation.max_new_tokens
+        return lambda examples: kept.score(trainer, examples, longest)
 
 
 def _means(measured: Sequence[dict[str, float]]) -> dict[str, float]:

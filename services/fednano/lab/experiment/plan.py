@@ -41,7 +41,10 @@ _WITHIN = (
     ("data", "source"),
     ("data", "partition"),
 )
-_VARIED = ("name", "clients", "min_clients", "seed", "strategy", "shadows", "deterministic")
+_VARIED = (
+    *("name", "clients", "min_clients", "seed"),
+    *("strategy", "shadows", "personal", "deterministic"),
+)
 
 
 class _Section(BaseModel):
@@ -186,7 +189,7 @@ class Cell:
             "reach": self.method.reach,
             "personal": self.method.personal,
             "attack": None if self.attack.kind == "none" else self.attack.model_dump(mode="json"),
-            "config": self.config.model_dump(mode="json", exclude={"name"}),
+            "config": self.config.model_dump(mode="json", exclude={"name", "personal"}),
             "split": self.split,
         }
         if self.method.placement != _USUAL:
@@ -305,6 +308,7 @@ class Plan(Grid):
             "deterministic": True,
             "strategy": method.strategy,
             "shadows": method.shadows,
+            "personal": method.personal or "none",
             "training": {**_section(run, "training"), **method.training},
             "adapter": {**_section(run, "adapter"), "rank": rank, "modalities": adapters},
             "data": {**_section(run, "data"), "source": task, "partition": partition},
@@ -368,8 +372,6 @@ def _unfit(method: Method, attack: Attack, config: RunConfig) -> Problem | None:
     if training.wire != "dense":
         return Problem("run.training.wire", "dense: nothing crosses a wire here", training.wire)
     unequal = strategy == "flora" or bool(config.adapter.ranks)
-    if unequal and method.personal:
-        return Problem("methods", "adapters of one rank, whose training goes on", f"{method.label}")
     if unequal and attack.times != 1.0:
         expected = "label-flip where clients send other shapes than they get"
         return Problem("attacks", expected, f"{attack.label} ({method.label})")

@@ -58,6 +58,8 @@ export class ClientsTable {
 
   show(clients, rounds) {
     const own = Object.assign({}, ...rounds.map((round) => round.own));
+    // Of an adapter that the client keeps for itself, where the run wants one.
+    const alone = (accuracy) => (Number.isFinite(accuracy) ? h("span", { class: "note" }, ` ${score(accuracy)} by its own adapter`) : null);
     const since = ({ joined_round: round }) => (round ? h("span", { class: "note" }, ` since round ${round}`) : null);
     const rows = clients.map((client) => row(CLIENTS, [
       h("span", {}, client.id, since(client)),
@@ -66,7 +68,7 @@ export class ClientsTable {
       bar(client.progress, `${client.id}: ${Math.round(client.progress * 100)} % of ${client.doing || "nothing"}`),
       client.shard === null ? "–" : String(client.shard),
       client.samples.toLocaleString(),
-      score(own[client.id]?.accuracy),
+      h("span", {}, score(own[client.id]?.accuracy), alone(own[client.id]?.["personal.accuracy"])),
       ago(client.last_seen),
     ]));
     this.table.show(rows, "Nobody has joined yet.");
