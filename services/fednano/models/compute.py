@@ -116,6 +116,18 @@ def unquantised(fingerprint: str) -> str:
     return fingerprint.partition("+")[0]
 
 
+def keep_4bit_as_stored(model: torch.nn.Module) -> None:
+    """Else a processor with AVX512-BF16 lets bitsandbytes pack a layer anew, in place, the first time
+    that no gradient is wanted: of a packed layer there is none, its inputs are rounded to bf16, and
+    layers narrower than a block can't be packed at all.
+    """
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
 def _quantization(weights: Weights, dtype: torch.dtype) -> object:
     """Linear layers only; the embedding table and the output layer stay as they are."""
     from transformers import BitsAndBytesConfig, TorchAoConfig

@@ -18,7 +18,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from fednano.models import checkpoint
 from fednano.models.activations import Activation, Activations
 from fednano.models.choices import Checkpointing
-from fednano.models.compute import AS_MADE, Compute, quantisation, quantised
+from fednano.models.compute import (
+    AS_MADE,
+    Compute,
+    keep_4bit_as_stored,
+    quantisation,
+    quantised,
+)
 from fednano.models.generation import Answer, Plan, Written, write
 from fednano.models.language_model import (
     ForwardResult,
@@ -92,6 +98,8 @@ class FrozenLLM:
         found = found or checkpoint.fingerprint(directory)
         options = spread.options(directory) | compute.options(place, pick_dtype(dtype, place))
         model = _from_pretrained(directory, dtype=pick_dtype(dtype, place), **options)
+        if compute.weights == "nf4":
+            keep_4bit_as_stored(model)
         placed = model if "device_map" in options or spread.tensor_parallel else model.to(place)
         engine = cls(placed, quantised(found, compute.weights), name, activations)
         engine.recompute(compute.recomputes(spread))
