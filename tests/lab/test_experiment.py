@@ -303,6 +303,23 @@ def test_the_report_has_means_spreads_tests_and_plots(tmp_path: Path) -> None:
     assert plots == ["1-clients-4.png", "1-clients-5.png"]
 
 
+def test_each_setting_may_be_tested_by_itself(tmp_path: Path) -> None:
+    plan = plan_of(
+        methods=["fedavg", "median"],
+        clients=[4, 5],
+        seeds=[0, 1, 2],
+        baseline="fedavg",
+        tests="apart",
+    )
+    found = {}
+    for cell in plan.cells():
+        worse = 0.1 if (cell.method.label, cell.config.clients) == ("median", 5) else 0.0
+        found[cell.key] = result(cell, 0.8 + 0.01 * cell.config.seed - worse)
+    text = write_report(plan, found, tmp_path).read_text()
+    assert "| median | clients 4 | test | +0.0000 |" in text
+    assert "| median | clients 5 | test | -0.1000 |" in text
+
+
 def test_a_single_seed_has_no_spread() -> None:
     assert str(Spread.of([0.5])) == "0.500"
 

@@ -151,6 +151,9 @@ class Grid(_Section):
     tasks: tuple[Literal["digits", "scenes"], ...] = Field(("digits",), min_length=1)
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
     baseline: str = Field("", description="label of the method that others are tested against")
+    tests: Literal["together", "apart"] = Field(
+        "together", description="over the mean of all settings, or of each by itself"
+    )
     run: dict[str, Any] = Field(
         default_factory=dict, description="of every cell: a RunConfig, without what varies"
     )

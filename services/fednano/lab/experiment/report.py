@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from fednano.lab.experiment.plan import Cell, Plan, Table
 from fednano.lab.experiment.plots import plot
@@ -96,10 +97,20 @@ def write_report(plan: Plan, results: Mapping[str, Result], folder: Path) -> Pat
 
 def _told(table: Table, plan: Plan) -> Iterator[str]:
     """In what its runs differ from the plan's."""
-    changed = {name: value for name, value in table.run.items() if plan.run.get(name) != value}
+    shared = dict(_flat(plan.run))
+    changed = [(name, value) for name, value in _flat(table.run) if shared.get(name) != value]
     if changed:
-        yield f"Here: {', '.join(f'{name} {value}' for name, value in changed.items())}."
+        yield f"Here: {', '.join(f'{name} {value}' for name, value in changed)}."
         yield ""
+
+
+def _flat(run: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by their path: `training.epochs`."""
+    for name, value in run.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value
 
 
 def _preamble(plan: Plan, results: Mapping[str, Result]) -> Iterator[str]:
@@ -174,42 +185,48 @@ def _cost(results: Sequence[Result]) -> str:
 
 
 def _tests(found: Found) -> Iterator[str]:
-    """Each method less the baseline, by seed, over the settings that both have."""
-    baseline = found.table.baseline
-    if not baseline:
+    """Each method less the baseline, by seed: over the settings that both have, or in each."""
+    table = found.table
+    if not table.baseline:
         return
-    compared: list[tuple[str, str, Paired]] = []
-    for what, figure in (("test", _of_test), ("own data", _of_own)):
-        for method in found.methods:
-            pairs = list(_pairs(found, method, baseline, figure)) if method != baseline else []
-            paired = Paired.of([a for a, _ in pairs], [b for _, b in pairs])
-            if paired is not None:
-                compared.append((method, what, paired))
+    apart = table.tests == "apart" and len(found.settings) > 1
+    among = [[one] for one in found.settings] if apart else [found.settings]
+    compared = [
+        (method, found.named(settings[0]), what, paired)
+        for what, figure in (("test", _of_test), ("own data", _of_own))
+        for method in found.methods
+        if method != table.baseline
+        for settings in among
+        if (paired := _paired(found, settings, method, figure)) is not None
+    ]
     if not compared:
         return
-    adjusted = holm([paired.p for _, _, paired in compared])
-    yield f"### Against {baseline}"
+    yield f"### Against {table.baseline}"
     yield ""
+    mean = "" if apart or len(found.settings) == 1 else "; the mean over the settings"
     yield (
-        "A pair is a seed: both methods have its data and start in common; where there are several"
-        " settings it is the mean over them. Student's paired t-test, two-sided; p adjusted by"
-        " Holm's method for all rows of this table."
+        f"A pair is a seed: both methods have its data and start in common{mean}. Student's paired"
+        " t-test, two-sided; p adjusted by Holm's method for all rows of this table."
     )
     yield ""
-    head = ["method", "on", "difference", "95 % interval", "pairs", "p", "p adjusted"]
+    adjusted = holm([paired.p for *_, paired in compared])
+    head = ["method", *(["setting"] if apart else []), "on", "difference", "95 % interval", "pairs"]
     rows = [
-        [
-            what,
-            f"{paired.difference:+.4f}",
-            f"{paired.low:+.4f} to {paired.high:+.4f}",
-            str(paired.pairs),
-            f"{paired.p:.3f}",
-            f"{p:.3f}" + (" **" if p < 0.05 else ""),
-        ]
-        for (_, what, paired), p in zip(compared, adjusted, strict=True)
+        [*([named] if apart else []), what, *_told_pairs(paired, p)]
+        for (_, named, what, paired), p in zip(compared, adjusted, strict=True)
     ]
-    yield from _rows(head, [method for method, _, _ in compared], rows)
+    yield from _rows([*head, "p", "p adjusted"], [method for method, *_ in compared], rows)
     yield ""
+
+
+def _told_pairs(paired: Paired, adjusted: float) -> list[str]:
+    return [
+        f"{paired.difference:+.4f}",
+        f"{paired.low:+.4f} to {paired.high:+.4f}",
+        str(paired.pairs),
+        f"{paired.p:.3f}",
+        f"{adjusted:.3f}" + (" **" if adjusted < 0.05 else ""),
+    ]
 
 
 def _of_test(figures: Figures) -> float:
@@ -220,20 +237,23 @@ def _of_own(figures: Figures) -> float:
     return fmean(figures.own)
 
 
-def _pairs(
-    found: Found, method: str, baseline: str, figure: Callable[[Figures], float]
-) -> Iterator[tuple[float, float]]:
-    differences: dict[int, list[tuple[float, float]]] = {}
-    for setting in found.settings:
-        others = {r.seed: r for r in found.results[setting, baseline]}
+def _paired(
+    found: Found, settings: Sequence[Setting], method: str, figure: Callable[[Figures], float]
+) -> Paired | None:
+    """The method less the baseline, by seed; over several settings, their mean."""
+    both: dict[int, list[tuple[float, float]]] = {}
+    for setting in settings:
+        others = {r.seed: r for r in found.results[setting, found.table.baseline]}
         for result in found.results[setting, method]:
             if result.seed in others:
                 pair = figure(result.figures), figure(others[result.seed].figures)
-                differences.setdefault(result.seed, []).append(pair)
-    whole = max(map(len, differences.values()), default=0)
-    for pairs in differences.values():
-        if len(pairs) == whole:  # a seed that lacks a setting would be another mean
-            yield fmean(one for one, _ in pairs), fmean(other for _, other in pairs)
+                both.setdefault(result.seed, []).append(pair)
+    whole = max(map(len, both.values()), default=0)
+    full = [pairs for pairs in both.values() if len(pairs) == whole]  # else it is another mean
+    return Paired.of(
+        [fmean(one for one, _ in pairs) for pairs in full],
+        [fmean(other for _, other in pairs) for pairs in full],
+    )
 
 
 def _slug(text: str) -> str:
