@@ -58,9 +58,17 @@ def hidden(batch: Batch, adapters: NanoAdapters) -> torch.Tensor:
     return NanoEdge(adapters)(batch).detach()
 
 
+@pytest.mark.parametrize("body_bytes", [1 << 20, 0])
 def test_a_step_is_the_same(
-    llm: RemoteLanguageModel, frozen: FrozenLLM, batch: Batch, hidden: torch.Tensor
+    llm: RemoteLanguageModel,
+    frozen: FrozenLLM,
+    batch: Batch,
+    hidden: torch.Tensor,
+    body_bytes: int,
 ) -> None:
+    """In one message each way, and in chunks where the service, or the step's size, wants that."""
+    assert llm.card.limits.body_bytes == 1 << 20
+    llm.card.limits.body_bytes = body_bytes
     arguments = batch.sequences(hidden), batch.labels, WEIGHTS
     found, wanted = llm.step(*arguments), frozen.step(*arguments)
     assert torch.equal(found.gradient, wanted.gradient)

@@ -65,6 +65,30 @@ async def test_a_split_step_matches_the_whole_model(llm, engine):
     assert result.spent.compute_seconds > 0
 
 
+async def test_a_small_step_may_be_one_message_each_way(llm, engine, monkeypatch):
+    messages = step_request(llm.header(), packed(engine), several_labels(), WEIGHTS)
+    first, *rest = await llm.stream("ForwardBackward", messages)
+    body = b"".join(message.chunk for message in messages[1:])
+    whole = llm_pb2.ForwardBackwardRequest(head=messages[0].head, body=body)
+    (reply,) = await llm.stream("ForwardBackward", [whole])
+    assert reply.body == b"".join(chunk.chunk for chunk in rest)
+    assert reply.result.loss_sums == first.result.loss_sums
+    monkeypatch.setattr("fednano.llm.servicer.CHUNK_BYTES", len(body) - 1)
+    _, *late = await llm.stream("ForwardBackward", [whole])  # a gradient that is too large for it
+    assert b"".join(chunk.chunk for chunk in late) == reply.body
+
+
+@pytest.mark.parametrize("change", [lambda body: body[:-4], lambda body: body + b"more"])
+async def test_a_body_has_the_bytes_that_its_head_announces(llm, engine, change):
+    head, *rest = step_request(llm.header(), packed(engine), several_labels(), WEIGHTS)
+    body = b"".join(message.chunk for message in rest)
+    whole = llm_pb2.ForwardBackwardRequest(head=head.head, body=change(body))
+    error = await llm.failure("ForwardBackward", [whole])
+    assert f"{len(body)} bytes as announced" in error.detail
+    whole.body = bytes((1 << 20) + 1)
+    assert "body: expected 1 to 1048576" in (await llm.failure("ForwardBackward", [whole])).detail
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(FP16, 2e-3), (BF16, 2e-2), (INT8, 2e-2)])
 async def test_gradients_come_in_the_dtype_asked_for(llm, engine, dtype, tolerance):
     sequences, labels = packed(engine), several_labels()

@@ -81,6 +81,16 @@ class Calls:
     def received(self, message: Any) -> None:
         self.meter.message("received", "control", message.ByteSize())
 
+    def whole(
+        self, head: llm_pb2.ForwardBackwardHead, body: Iterable[codec.Buffer]
+    ) -> llm_pb2.ForwardBackwardRequest:
+        """A step's request in one message."""
+        message = llm_pb2.ForwardBackwardRequest(head=head)
+        self.sent(message)
+        message.body = b"".join(body)
+        self.meter.within("sent", "embeddings", len(message.body))
+        return message
+
     def stream(
         self, rpc: str, request: Callable[..., Any], head: Any, body: Iterable[codec.Buffer]
     ) -> Iterator[Any]:
@@ -99,9 +109,13 @@ class Calls:
         first = next(replies, None)
         if first is None:
             raise Unavailable(f"{rpc} ended without a reply")
-        self.received(first)
-        announced = specs(first)
+        body, announced = getattr(first, "body", b""), specs(first)
         payload = codec.Payload(announced, _REPLY_LIMIT)
+        if body:
+            self.meter.within("received", _CHUNK_KINDS[rpc][1], len(body))
+            payload.feed(body)
+            first.ClearField("body")
+        self.received(first)
         for reply in replies:
             self.meter.chunk("received", _CHUNK_KINDS[rpc][1], len(reply.chunk))
             payload.feed(reply.chunk)

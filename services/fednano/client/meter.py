@@ -86,9 +86,14 @@ class Meter:
         self.add(direction, kind, size)
         self.add(direction, "framing", _MESSAGE + around)
 
+    def within(self, direction: Direction, kind: Kind, size: int) -> None:
+        """A field of bytes in a message of which the rest is counted."""
+        self.add(direction, kind, size)
+        self.add(direction, "framing", _field(size))
+
     def chunk(self, direction: Direction, kind: Kind, size: int) -> None:
         """A message that is one field of bytes; its tag and length are no part of what it carries."""
-        self.message(direction, kind, size, 1 + max(1, -(-size.bit_length() // 7)))
+        self.message(direction, kind, size, _field(size))
 
     def add_server_seconds(self, seconds: float) -> None:
         with self._lock:
@@ -123,6 +128,11 @@ class Meter:
             self._bytes.update(_by_place("received", costs.received_bytes))
             self._server_seconds += costs.server_seconds
             self._computed -= costs.client_seconds
+
+
+def _field(size: int) -> int:
+    """Tag and length of a field of so many bytes."""
+    return 1 + max(1, -(-size.bit_length() // 7))
 
 
 def _by_place(direction: Direction, amounts: Mapping[str, int]) -> dict[tuple[str, str], int]:

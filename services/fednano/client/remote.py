@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -146,11 +146,8 @@ class RemoteLanguageModel:
         )
 
         def call(replica: Replica) -> Stepped:
-            requests = self.calls.stream(
-                "ForwardBackward", llm_pb2.ForwardBackwardRequest, head, sent.body
-            )
             with self.calls.calling("ForwardBackward", head.header) as options:
-                replies = replica.stub.ForwardBackward(requests, **options)
+                replies = self._replies_to_step(replica, head, sent, options)
                 first, values = self.calls.collect(
                     "ForwardBackward", replies, lambda r: gradient_specs(r.result.gradient)
                 )
@@ -158,6 +155,24 @@ class RemoteLanguageModel:
             return first.result, values
 
         return self.calls.retried(head.header, lambda at: sent.around(at, lambda: call(at)))
+
+    def _replies_to_step(
+        self,
+        replica: Replica,
+        head: llm_pb2.ForwardBackwardHead,
+        sent: Sent,
+        options: dict[str, Any],
+    ) -> Iterator[llm_pb2.ForwardBackwardReply]:
+        """A small step is one message each way, if the service takes that: its gradient is as large
+        as what was sent."""
+        dense = sent.embeddings.WhichOneof("form") == "dense"
+        if dense and 0 < sum(map(len, sent.body)) <= self.card.limits.body_bytes:
+            message = self.calls.whole(head, sent.body)
+            return iter([replica.step_in_one(message, **options)])
+        requests = self.calls.stream(
+            "ForwardBackward", llm_pb2.ForwardBackwardRequest, head, sent.body
+        )
+        return replica.stub.ForwardBackward(requests, **options)
 
     def score(self, sequences: Sequences, labels: torch.Tensor) -> ScoreResult:
         return self.scored(self.sent(sequences), labels)

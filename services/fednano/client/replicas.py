@@ -7,15 +7,21 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 
 from fednano.wire.channels import ClientTls, make_channel
 from fednano.wire.errors import InvalidRequest, Unavailable
+from fednano.wire.llm_pb2 import DESCRIPTOR, ForwardBackwardReply, ForwardBackwardRequest
 from fednano.wire.llm_pb2_grpc import LanguageModelStub
 
 log = logging.getLogger(__name__)
+
+_SERVICE = DESCRIPTOR.services_by_name["LanguageModel"]
+_STEP = f"/{_SERVICE.full_name}/ForwardBackward"
 
 _RESOLVE_SECONDS = 5.0  # a new replica is found, and a name that fails asked for, so soon
 
@@ -25,6 +31,9 @@ class Replica:
     address: str
     channel: grpc.Channel
     stub: LanguageModelStub
+    step_in_one: Callable[..., ForwardBackwardReply]
+    """ForwardBackward with one message each way. Declared as a stream or not, a call is the same on
+    the wire; but the requests of a stream take a thread, for each call a new one."""
 
 
 def parse_target(target: str) -> tuple[str, int]:
@@ -90,7 +99,16 @@ class Replicas:
             del self._replicas[gone]  # not closed: another thread may be at a call
         for address in sorted(addresses - self._replicas.keys()):
             channel = make_channel(address, self._tls)
-            self._replicas[address] = Replica(address, channel, LanguageModelStub(channel))
+            self._replicas[address] = _replica(address, channel)
+
+
+def _replica(address: str, channel: grpc.Channel) -> Replica:
+    step_in_one: Any = channel.unary_unary(
+        _STEP,
+        request_serializer=ForwardBackwardRequest.SerializeToString,
+        response_deserializer=ForwardBackwardReply.FromString,
+    )
+    return Replica(address, channel, LanguageModelStub(channel), step_in_one)
 
 
 def _join(host: str, port: int) -> str:

@@ -23,7 +23,7 @@ from fednano.llm.worker import Worker
 from fednano.models.generation import Answer, Write
 from fednano.models.language_model import NewToken
 from fednano.models.memory import out_of_memory
-from fednano.wire import codec, torch_codec
+from fednano.wire import codec, llm_pb2, torch_codec
 from fednano.wire.errors import Busy, PermissionDenied, Problem
 from fednano.wire.headers import check_header
 from fednano.wire.interceptors import Context, caller
@@ -121,9 +121,11 @@ class Exchange:
         return buffers
 
     async def received(self, incoming: Incoming, embeddings: Announced | Factors) -> Received:
-        """The announced embeddings, checked off the event loop."""
+        """The announced embeddings, checked off the event loop unless they are small."""
         kinds: list[Kind] = ["embeddings"] * len(embeddings.specs)
         data = await self.payload(incoming, embeddings.specs, kinds)
+        if incoming.body:
+            return embeddings.read(data)
         return await self.checked(embeddings.read, data)
 
     async def checked(self, read: Callable[[D], T], data: D) -> T:
@@ -146,10 +148,14 @@ class Exchange:
         header: Header,
         finish: Callable[[T], D],
         priority: Priority = "train",
+        small: bool = False,
     ) -> tuple[D, Job[T]]:
-        """What `finish` makes of the result, off the device: there the next batch runs meanwhile."""
+        """What `finish` makes of the result, off the device: there the next batch runs meanwhile. A
+        thread to do it costs more than what it does where that is `small`."""
         job = self._worker.join(work, Sender.of(header), priority)
         with self.on_device(rpc, job):
+            if small:
+                return finish(await job.result()), job
             return await self.checked(finish, await job.result()), job
 
     def stream(
@@ -184,6 +190,15 @@ class Exchange:
     def counted(self, reply: M) -> M:
         """`reply`, after its bytes were counted."""
         self._metrics.sent("control", reply.ByteSize())
+        return reply
+
+    def whole(
+        self, reply: llm_pb2.ForwardBackwardReply, bodies: Sequence[Packed]
+    ) -> llm_pb2.ForwardBackwardReply:
+        """`reply` with the bytes that it announces beside it; counted."""
+        self.counted(reply)
+        reply.body = b"".join(body.data for body in bodies)
+        self._metrics.sent("gradients", len(reply.body))
         return reply
 
     def chunks(self, kind: Kind, *bodies: Packed) -> Iterator[bytes]:

@@ -31,6 +31,7 @@ from fednano.models.language_model import (
     StepResult,
 )
 from fednano.wire import codec, llm_pb2, llm_pb2_grpc, torch_codec
+from fednano.wire.codec import CHUNK_BYTES
 from fednano.wire.errors import InvalidRequest, Unsupported
 from fednano.wire.headers import PROTOCOL, check_header
 from fednano.wire.interceptors import Context, caller
@@ -158,8 +159,10 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
                 return StepResult(losses, counts, found.gradient), gradient
 
             work = Steps(self._engine.step, received.sequences, labels, weights)
+            # A copy from a GPU waits for it, however small.
+            small = bool(incoming.body) and self._engine.device.type == "cpu"
             (found, (gradient, bodies)), job = await self._exchange.joined(
-                "ForwardBackward", work, head.header, finish
+                "ForwardBackward", work, head.header, finish, small=small
             )
             self._metrics.tokens("ForwardBackward", embeddings.tokens)
             result = llm_pb2.ForwardBackwardResult(
@@ -168,7 +171,11 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
                 gradient=gradient,
                 spent=_spent(job),
             )
-            yield self._exchange.counted(llm_pb2.ForwardBackwardReply(result=result))
+            reply = llm_pb2.ForwardBackwardReply(result=result)
+            if incoming.body and sum(len(body.data) for body in bodies) <= CHUNK_BYTES:
+                yield self._exchange.whole(reply, bodies)
+                return
+            yield self._exchange.counted(reply)
             for chunk in self._exchange.chunks("gradients", *bodies):
                 yield llm_pb2.ForwardBackwardReply(chunk=chunk)
 
@@ -292,6 +299,7 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
                 queue=self._worker.limit,
                 new_tokens=limits.new_tokens,
                 message_bytes=limits.message_bytes,
+                body_bytes=CHUNK_BYTES,
             ),
             forms=["dense", "factored"] if self._bases is not None else ["dense"],
             wire_dtypes=codec.FLOATS,

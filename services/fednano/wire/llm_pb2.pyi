@@ -108,20 +108,22 @@ class DescribeReply(_message.Message):
     def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[str] = ..., hidden_size: _Optional[int] = ..., vocabulary: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., forms: _Optional[_Iterable[str]] = ..., wire_dtypes: _Optional[_Iterable[_Union[_tensor_pb2.DType, str]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., replica: _Optional[str] = ..., version: _Optional[str] = ..., protocol: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("tokens_per_sample", "tokens_per_request", "samples_per_request", "queue", "new_tokens", "message_bytes")
+    __slots__ = ("tokens_per_sample", "tokens_per_request", "samples_per_request", "queue", "new_tokens", "message_bytes", "body_bytes")
     TOKENS_PER_SAMPLE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_REQUEST_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_PER_REQUEST_FIELD_NUMBER: _ClassVar[int]
     QUEUE_FIELD_NUMBER: _ClassVar[int]
     NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BODY_BYTES_FIELD_NUMBER: _ClassVar[int]
     tokens_per_sample: int
     tokens_per_request: int
     samples_per_request: int
     queue: int
     new_tokens: int
     message_bytes: int
-    def __init__(self, tokens_per_sample: _Optional[int] = ..., tokens_per_request: _Optional[int] = ..., samples_per_request: _Optional[int] = ..., queue: _Optional[int] = ..., new_tokens: _Optional[int] = ..., message_bytes: _Optional[int] = ...) -> None: ...
+    body_bytes: int
+    def __init__(self, tokens_per_sample: _Optional[int] = ..., tokens_per_request: _Optional[int] = ..., samples_per_request: _Optional[int] = ..., queue: _Optional[int] = ..., new_tokens: _Optional[int] = ..., message_bytes: _Optional[int] = ..., body_bytes: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("queued", "busy")
@@ -254,12 +256,14 @@ class FactoredGradient(_message.Message):
     def __init__(self, left: _Optional[_Union[_tensor_pb2.TensorSpec, _Mapping]] = ..., right: _Optional[_Mapping[int, _tensor_pb2.TensorSpec]] = ..., fisher: _Optional[_Mapping[int, _tensor_pb2.TensorSpec]] = ...) -> None: ...
 
 class ForwardBackwardRequest(_message.Message):
-    __slots__ = ("head", "chunk")
+    __slots__ = ("head", "chunk", "body")
     HEAD_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    BODY_FIELD_NUMBER: _ClassVar[int]
     head: ForwardBackwardHead
     chunk: bytes
-    def __init__(self, head: _Optional[_Union[ForwardBackwardHead, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+    body: bytes
+    def __init__(self, head: _Optional[_Union[ForwardBackwardHead, _Mapping]] = ..., chunk: _Optional[bytes] = ..., body: _Optional[bytes] = ...) -> None: ...
 
 class ForwardBackwardHead(_message.Message):
     __slots__ = ("header", "embeddings", "labels", "weights", "want_fisher", "gradient_dtype")
@@ -278,12 +282,14 @@ class ForwardBackwardHead(_message.Message):
     def __init__(self, header: _Optional[_Union[_tensor_pb2.Header, _Mapping]] = ..., embeddings: _Optional[_Union[Embeddings, _Mapping]] = ..., labels: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., want_fisher: bool = ..., gradient_dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ...) -> None: ...
 
 class ForwardBackwardReply(_message.Message):
-    __slots__ = ("result", "chunk")
+    __slots__ = ("result", "chunk", "body")
     RESULT_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    BODY_FIELD_NUMBER: _ClassVar[int]
     result: ForwardBackwardResult
     chunk: bytes
-    def __init__(self, result: _Optional[_Union[ForwardBackwardResult, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+    body: bytes
+    def __init__(self, result: _Optional[_Union[ForwardBackwardResult, _Mapping]] = ..., chunk: _Optional[bytes] = ..., body: _Optional[bytes] = ...) -> None: ...
 
 class ForwardBackwardResult(_message.Message):
     __slots__ = ("loss_sums", "token_counts", "gradient", "spent")

@@ -3,7 +3,8 @@
 isort:skip_file
 The frozen LLM as a service: embeddings in, losses, gradients and tokens out.
 
-Large requests and replies are streams: one typed first message, then chunks of at most 1 MiB.
+Large requests and replies are streams: one typed first message, then chunks of at most 1 MiB. What is
+small may come whole beside the first message, so that a step is one message each way.
 """
 
 import abc
