@@ -23,26 +23,17 @@ from fednano.lab.experiment.cell import Bench, Pooled, Solo
 from fednano.lab.experiment.placements import NanoPlacement
 from fednano.lab.experiment.plan import Attack, Cell, Plan
 from fednano.lab.experiment.report import write_report
-from fednano.lab.experiment.results import Figures, Result, ResultsFile, RoundFigures, Spent
+from fednano.lab.experiment.results import Figures, ResultsFile
 from fednano.lab.experiment.run import RESULTS
-from fednano.lab.experiment.statistics import Paired, Spread, holm
 from fednano.lab.federation import TINY_MODEL
 from fednano.lab.processes import FEDNANO
 from fednano.models.split import split
 from fednano.wire.errors import InvalidRequest
 from fednano.wire.run_config import DataConfig
-from scipy.stats import ttest_rel
 
-SMALL = {"rounds": 2, "data": {"limit": 24, "evaluation_limit": 4}}
+from tests.lab.plans import SMALL, cells, result
+
 PICTURES = 2  # of a client, held back; each is asked three questions
-
-
-def plan_of(**changes: Any) -> Plan:
-    return Plan.model_validate({"name": "small", "methods": ["fedavg"], "run": SMALL, **changes})
-
-
-def cells(**changes: Any) -> list[Cell]:
-    return plan_of(**{"seeds": [0], "clients": [2], **changes}).cells()
 
 
 @pytest.fixture(scope="module")
@@ -236,92 +227,6 @@ def test_everybody_s_data_is_trained_on_once_an_epoch() -> None:
     separate = [e.id for n, shard in enumerate(shards) for e in shard.epoch(0, 1, 0, f"shard-{n}")]
     assert sorted(example.id for example in pooled) == sorted(separate)
     assert [example.id for example in pooled] != separate
-
-
-def test_the_paired_test_is_student_s() -> None:
-    a, b = [0.90, 0.91, 0.89, 0.93, 0.92], [0.88, 0.90, 0.90, 0.90, 0.91]
-    found = Paired.of(a, b)
-    assert found is not None
-    t, p = ttest_rel(a, b)
-    assert found.difference == pytest.approx(0.012)
-    assert found.p == pytest.approx(p)
-    margin = 2.776445 * 0.012 / t  # the quantile of four degrees of freedom, from a table
-    assert (found.low, found.high) == pytest.approx((0.012 - margin, 0.012 + margin))
-    assert Paired.of(a[:2], b[:2]) is None
-
-
-def test_holm_adjusts_for_the_number_of_tests() -> None:
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, 0.9]) == [1.0, 1.0]
-
-
-def result(cell: Cell, accuracy: float, model: str = "m") -> Result:
-    rounds = [
-        RoundFigures(n, accuracy - 0.1 * (2 - n), 1.0, spent=Spent(10**6, 10**6, 1.0, 2.0))
-        for n in range(3)
-    ]
-    figures = Figures(rounds, [accuracy], [], [], "d", 60.0)
-    return Result(cell.key, cell.method.label, cell.config.seed, cell.setting, model, figures)
-
-
-def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path: Path) -> None:
-    file = ResultsFile(tmp_path / RESULTS)
-    (cell,) = cells()
-    file.append([result(cell, 0.8)])
-    whole = file.path.read_text()
-    file.path.write_text(whole + whole[:40])
-    assert file.read() == {cell.key: result(cell, 0.8)}
-    file.mend()
-    assert file.path.read_text() == whole
-
-
-def test_what_is_no_result_is_told_with_its_line(tmp_path: Path) -> None:
-    file = ResultsFile(tmp_path / RESULTS)
-    file.path.write_text('{"key": 1}\n')
-    with pytest.raises(InvalidRequest, match="line 1: expected a result of fednano experiment"):
-        file.read()
-
-
-def test_the_report_has_means_spreads_tests_and_plots(tmp_path: Path) -> None:
-    plan = plan_of(
-        methods=["fedavg", "median"], clients=[4, 5], seeds=[0, 1, 2, 3], baseline="fedavg"
-    )
-    found = {}
-    for cell in plan.cells():
-        better = 0.05 + 0.001 * cell.config.seed if cell.method.label == "median" else 0.0
-        found[cell.key] = result(cell, 0.8 + 0.01 * cell.config.seed + better)
-    missing = next(c.key for c in plan.cells() if c.config.clients == 5 and c.config.seed == 3)
-    del found[missing]
-    text = write_report(plan, found, tmp_path).read_text()
-    assert "15 of 16 cells" in text
-    assert "1 cells are missing" in text
-    assert "| method | clients 4 | clients 5 |" in text
-    assert "| fedavg | 0.815 ± 0.013 | 0.810 ± 0.010 |" in text
-    assert "| median | test | +0.0510 | +0.0485 to +0.0535 | 3 |" in text  # of whole seeds
-    assert "1.00 / 1.00, 1.00 / 2.00" in text
-    plots = sorted(path.name for path in (tmp_path / "plots").iterdir())
-    assert plots == ["1-clients-4.png", "1-clients-5.png"]
-
-
-def test_each_setting_may_be_tested_by_itself(tmp_path: Path) -> None:
-    plan = plan_of(
-        methods=["fedavg", "median"],
-        clients=[4, 5],
-        seeds=[0, 1, 2],
-        baseline="fedavg",
-        tests="apart",
-    )
-    found = {}
-    for cell in plan.cells():
-        worse = 0.1 if (cell.method.label, cell.config.clients) == ("median", 5) else 0.0
-        found[cell.key] = result(cell, 0.8 + 0.01 * cell.config.seed - worse)
-    text = write_report(plan, found, tmp_path).read_text()
-    assert "| median | clients 4 | test | +0.0000 |" in text
-    assert "| median | clients 5 | test | -0.1000 |" in text
-
-
-def test_a_single_seed_has_no_spread() -> None:
-    assert str(Spread.of([0.5])) == "0.500"
 
 
 @contextmanager

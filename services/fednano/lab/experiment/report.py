@@ -80,6 +80,7 @@ def write_report(plan: Plan, results: Mapping[str, Result], folder: Path) -> Pat
         if found.missing:
             lines += [f"**{found.missing} cells are missing**; the table holds what is there.", ""]
         lines += _table(found, "Accuracy at the end", _accuracy)
+        lines += _table(found, "The task's own measures at the end", _measures)
         lines += _table(found, "Accuracy on the clients' own data that was held back", _own)
         lines += _table(found, _MERGED, _shared)
         lines += _table(found, "Shadows, at the end (see docs/strategies.md)", _shadows)
@@ -125,16 +126,23 @@ def _preamble(plan: Plan, results: Mapping[str, Result]) -> Iterator[str]:
 
 
 def _table(found: Found, title: str, shown: Callable[[Sequence[Result]], str]) -> Iterator[str]:
-    """Methods by settings; nothing where there is nothing to show."""
-    rows = [
-        [shown(found.results[setting, method]) for setting in found.settings]
+    """Methods by settings, or, where these are more, the other way round; nothing where there is
+    nothing to show."""
+    methods = [
+        method
         for method in found.methods
+        if any(shown(found.results[setting, method]) for setting in found.settings)
     ]
-    if not any(any(row) for row in rows):
+    if not methods:
         return
+    cells = [[shown(found.results[s, method]) for s in found.settings] for method in methods]
+    names = [found.named(setting) for setting in found.settings]
     yield f"### {title}"
     yield ""
-    yield from _rows(["method", *map(found.named, found.settings)], found.methods, rows)
+    if len(names) > len(found.methods):
+        yield from _rows([", ".join(found.axes), *methods], names, list(zip(*cells, strict=True)))
+    else:
+        yield from _rows(["method", *names], methods, cells)
     yield ""
 
 
@@ -155,6 +163,12 @@ def _spread(results: Sequence[Result], figure: Callable[[Figures], Sequence[floa
 
 def _accuracy(results: Sequence[Result]) -> str:
     return _spread(results, lambda figures: [figures.accuracy])
+
+
+def _measures(results: Sequence[Result]) -> str:
+    ends = [result.figures.rounds[-1].measures for result in results]
+    names = [name for name in (ends[0] if ends else ()) if not name.startswith("accuracy.")]
+    return "; ".join(f"{name} {Spread.of([end[name] for end in ends])}" for name in names)
 
 
 def _own(results: Sequence[Result]) -> str:
