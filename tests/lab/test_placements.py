@@ -227,14 +227,17 @@ def test_where_the_weights_lie_is_part_of_the_key_and_of_the_label() -> None:
     ("method", "told"),
     [
         (at("encoder"), "expected 'nano-adapters', 'connector' or 'lora'"),
-        (at("connector", "fednano-ef"), "methods: expected another strategy beside placement conn"),
+        (
+            at("connector", "fednano-ef"),
+            "run.strategy.name: expected another strategy, such as fed",
+        ),
         (at("lora", "fednano"), "gradients of single samples"),
         ({**at("lora"), "shadows": ["fednano-ef"]}, "got fednano-ef"),
         (at("connector", "scaffold"), "controls are kept for NanoAdapters"),
         (at("connector", "ffa"), "are no product B A"),
         (at("lora", "product"), "square"),
         (at("lora", "flora"), "stack"),
-        (at("connector", "feddpa-f"), "methods.placement: expected placement nano-adapters"),
+        (at("connector", "feddpa-f"), "run.personal: expected none or fine-tuned beside placement"),
         (
             {**at("connector"), "training": {"wire": "factored"}},
             "run.training.wire: expected dense",
