@@ -9,6 +9,7 @@ import pytest
 from fednano.client.coordination import Adapter, Membership
 from fednano.client.heartbeat import Heartbeat
 from fednano.client.methods import fisher_mode
+from fednano.client.placements import NanoPlacement
 from fednano.client.trainer import Trainer
 from fednano.client.worker import Worker
 from fednano.wire import coordinator_pb2 as pb
@@ -47,7 +48,8 @@ class Coordinator:
 def evaluated(trainer: Trainer, coordinator: Coordinator, *digests: str) -> dict[str, Any]:
     member = Membership("trial", "s", RunConfig.model_validate(CONFIG), "token", 0, 1)
     heartbeat = Heartbeat(coordinator, member, 60.0)  # type: ignore[arg-type]
-    worker = Worker(coordinator, member, trainer, heartbeat, evaluator=True)  # type: ignore[arg-type]
+    placement = NanoPlacement(trainer, 0.7)
+    worker = Worker(coordinator, member, placement, heartbeat, evaluator=True)  # type: ignore[arg-type]
     worker.evaluate(pb.EvaluateTask(round=1, attempt=1, adapters=digests))
     return coordinator.submitted
 

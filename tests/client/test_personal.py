@@ -13,6 +13,7 @@ from fednano.client.coordination import Membership
 from fednano.client.examples import Example
 from fednano.client.heartbeat import Heartbeat
 from fednano.client.personal import Kept, Mixture, kept_at, mixed
+from fednano.client.placements import NanoPlacement
 from fednano.client.trainer import Trainer
 from fednano.client.worker import Worker
 from fednano.wire import coordinator_pb2 as pb
@@ -52,9 +53,10 @@ def test_what_is_kept_answers_the_same_when_it_is_read_again(
     before.save(path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     after = Kept.load(path)
-    one, other = (k.adapters(trainer.edge, examples[0]).to_tensors() for k in (before, after))
+    one, other = (k.tensors(trainer.edge, examples[0]) for k in (before, after))
     assert {n: t.tobytes() for n, t in one.items()} == {n: t.tobytes() for n, t in other.items()}
-    assert after.score(trainer, examples, 8) == before.score(trainer, examples, 8)
+    placement = NanoPlacement(trainer, 0.7)
+    assert after.score(placement, examples, 8) == before.score(placement, examples, 8)
 
 
 def test_what_was_not_kept_is_told(tmp_path: Path) -> None:
@@ -77,7 +79,8 @@ def test_a_mixture_leans_on_the_own_adapter_the_more_a_question_is_like_its_data
 def test_the_score_of_an_own_adapter_is_the_trainer_s(
     trainer: Trainer, examples: list[Example]
 ) -> None:
-    found = kept(trainer, examples, "fine-tuned").score(trainer, examples, 8)
+    placement = NanoPlacement(trainer, 0.7)
+    found = kept(trainer, examples, "fine-tuned").score(placement, examples, 8)
     expected = trainer.evaluate(NanoAdapters.from_tensors(large_tensors(seed=1), 0.7), examples, 8)
     assert (found.accuracy, found.samples) == (expected.accuracy, 3)
     assert found.loss == pytest.approx(expected.loss)
@@ -95,7 +98,8 @@ def evaluated(trainer: Trainer, number: int, directory: Path | None, **more: Any
     coordinator.client = "c"  # type: ignore[attr-defined]
     member = Membership("trial", "s", RunConfig.model_validate(body), "token", 0, 2)
     heartbeat = Heartbeat(coordinator, member, 60.0)  # type: ignore[arg-type]
-    worker = Worker(coordinator, member, trainer, heartbeat, directory=directory)  # type: ignore[arg-type]
+    placement = NanoPlacement(trainer, 0.7)
+    worker = Worker(coordinator, member, placement, heartbeat, directory=directory)  # type: ignore[arg-type]
     task = pb.EvaluateTask(round=number, attempt=1, adapters=["leader"], shard=0, of=2)
     worker.evaluate(task)
     return coordinator.submitted["leader"]

@@ -20,7 +20,6 @@ from fednano.coordinator.store_adapters import make_adapter
 from fednano.coordinator.strategies import State
 from fednano.lab.experiment.attacks import Flipped, attackers, forged
 from fednano.lab.experiment.cell import Bench, Pooled, Solo
-from fednano.lab.experiment.placements import NanoPlacement
 from fednano.lab.experiment.plan import Attack, Cell, Plan
 from fednano.lab.experiment.report import write_report
 from fednano.lab.experiment.results import Figures, ResultsFile
@@ -145,7 +144,7 @@ def test_a_shadow_carries_moments_of_its_own(bench: Bench) -> None:
     shadows = [{"name": "fedavgm", "momentum": m} for m in (0.0, 0.5)]
     (cell,) = cells(methods=[{"name": "fedavg", "shadows": shadows}])
     solo = Solo(bench, cell, lambda text: None)
-    before = State(NanoPlacement(bench.trainer, cell.config).initial())
+    before = State(bench.first(cell.config))
     (leader, still, moving), _ = solo._round(1, before)
     assert digest(leader) == digest(still) == digest(moving)
     (leader, still, moving), _ = solo._round(2, leader)

@@ -15,11 +15,11 @@ import torch
 from fednano.client.datasets import Shard
 from fednano.client.examples import Example
 from fednano.client.methods import LocalRound
+from fednano.client.placements import copied, put
+from fednano.client.placements_connector import ConnectorPlacement
+from fednano.client.placements_lora import LoraPlacement
 from fednano.coordinator.records import Tensors
 from fednano.lab.experiment.cell import Bench, Solo
-from fednano.lab.experiment.placements import put
-from fednano.lab.experiment.placements_connector import ConnectorPlacement
-from fednano.lab.experiment.placements_lora import LoraPlacement
 from fednano.lab.experiment.plan import Cell, Plan
 from fednano.lab.experiment.results import Figures
 from fednano.lab.federation import TINY_MODEL
@@ -96,13 +96,14 @@ def check_gradients(
 def test_the_connectors_gradient_is_that_of_the_stock_model(
     bench: Bench, stock: LlavaForConditionalGeneration, examples: list[Example]
 ) -> None:
-    placement = bench.placed(cell_of(at("connector")))
+    config = cell_of(at("connector")).config
+    placement = bench.placed(config)
     assert isinstance(placement, ConnectorPlacement)
     projector = stock.model.multi_modal_projector.requires_grad_(True)
     whole = {f"connector.{name}": p for name, p in projector.named_parameters()}
-    tensors = moved(placement.initial())
-    put(whole, tensors)
-    put(placement.edge.parameters, tensors)
+    change = moved(bench.first(config))
+    put(whole, {name: copied(whole)[name] + held for name, held in change.items()})
+    placement.edge.change(change)
     placement.edge.connector.requires_grad_(True).train()
     crossed = placement.cross(examples)
     crossed.backward()
@@ -117,7 +118,8 @@ def test_the_connectors_gradient_is_that_of_the_stock_model(
 def test_the_loras_gradient_is_that_of_peft_on_the_stock_model(
     bench: Bench, stock: LlavaForConditionalGeneration, examples: list[Example]
 ) -> None:
-    placement = bench.placed(cell_of(at("lora")))
+    config = cell_of(at("lora")).config
+    placement = bench.placed(config)
     assert isinstance(placement, LoraPlacement)
     inject_adapter_in_model(LoraConfig(r=16, lora_alpha=32, target_modules=PROJECTIONS), stock)
     whole = {
@@ -127,7 +129,7 @@ def test_the_loras_gradient_is_that_of_peft_on_the_stock_model(
         for name, parameter in stock.named_parameters()
         if ".lora_" in name
     }
-    tensors = moved(placement.initial())
+    tensors = moved(bench.first(config))
     put(whole, tensors)
     put(placement.lora, tensors)
     crossed = placement.cross(examples)
@@ -142,11 +144,10 @@ def test_the_loras_gradient_is_that_of_peft_on_the_stock_model(
 @pytest.mark.parametrize("placement", ["connector", "lora"])
 def test_before_any_training_the_model_is_the_checkpoint(bench: Bench, placement: str) -> None:
     run = {"data": {"limit": 24}}
-    usual, cell = (cell_of(at(p), run=run) for p in ("nano-adapters", placement))
-    exam = Shard.deal(usual.config.data, 0, 0, 2).held_back()
+    usual, other = (cell_of(at(p), run=run).config for p in ("nano-adapters", placement))
+    exam = Shard.deal(usual.data, 0, 0, 2).held_back()
     found, wanted = (
-        placed.evaluate(placed.initial(), exam)
-        for placed in (bench.placed(cell), bench.placed(usual))
+        bench.placed(config).evaluate(bench.first(config), exam, 8) for config in (other, usual)
     )
     assert 0 < found.accuracy == wanted.accuracy < 1
     assert found.loss == pytest.approx(wanted.loss, rel=1e-5)
@@ -201,8 +202,8 @@ def test_what_merges_by_element_merges_these_weights_too(bench: Bench, placement
 
 def test_with_ffa_only_b_of_the_lora_is_trained(bench: Bench) -> None:
     cell = cell_of(at("lora", "ffa"), run=TINIEST)
-    placement, config = bench.placed(cell), cell.config
-    base = moved(placement.initial())
+    config = cell.config
+    placement, base = bench.placed(config), moved(bench.first(config))
     local = LocalRound(config, 1, "shard-0", 16, base, config.training)
     found = placement.train(local, Shard.deal(config.data, 0, 0, 2)).adapter
     same = {name for name in base if np.array_equal(base[name], found[name])}
@@ -227,14 +228,17 @@ def test_where_the_weights_lie_is_part_of_the_key_and_of_the_label() -> None:
     ("method", "told"),
     [
         (at("encoder"), "expected 'nano-adapters', 'connector' or 'lora'"),
-        (at("connector", "fednano-ef"), "methods: expected another strategy beside placement conn"),
+        (
+            at("connector", "fednano-ef"),
+            "run.strategy.name: expected another strategy, such as fed",
+        ),
         (at("lora", "fednano"), "gradients of single samples"),
         ({**at("lora"), "shadows": ["fednano-ef"]}, "got fednano-ef"),
         (at("connector", "scaffold"), "controls are kept for NanoAdapters"),
         (at("connector", "ffa"), "are no product B A"),
         (at("lora", "product"), "square"),
         (at("lora", "flora"), "stack"),
-        (at("connector", "feddpa-f"), "methods.placement: expected placement nano-adapters"),
+        (at("connector", "feddpa-f"), "run.personal: expected none or fine-tuned beside placement"),
         (
             {**at("connector"), "training": {"wire": "factored"}},
             "run.training.wire: expected dense",

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from fednano.client.adapters import NanoAdapters
+from fednano.client.adapters import Tensors
 from fednano.client.coordination import Adapter, CoordinatorClient
 from fednano.client.datasets import open_image
 from fednano.client.edge import EdgeHalf
 from fednano.client.examples import Example
 from fednano.client.meter import Meter
 from fednano.client.personal import Kept, kept_at
+from fednano.client.placements import NanoPlacement, Placement
+from fednano.client.placements_connector import ConnectorEdge, ConnectorPlacement, cache_of
+from fednano.client.placements_lora import LoraPlacement
 from fednano.client.remote import Caller, RemoteLanguageModel
 from fednano.client.replicas import Replicas
 from fednano.client.settings import ClientSettings
@@ -23,6 +27,8 @@ from fednano.models.checkpoint import HalfRecord, read_record
 from fednano.models.language_model import Sampling
 from fednano.wire import coordinator_pb2 as pb
 from fednano.wire.errors import InvalidRequest, NotFound
+from fednano.wire.low_rank import DOWN
+from fednano.wire.placements import placement_of
 
 
 @dataclass(frozen=True)
@@ -66,17 +72,18 @@ def answer(
     replicas = Replicas(settings.llm, tls)
     try:
         token = coordinator.login()
-        record = read_record(settings.edge, "edge")
         caller = Caller(coordinator.header, lambda: token)
         llm = RemoteLanguageModel(replicas, caller, Meter(), retry_seconds=settings.retry_seconds)
-        trainer = Trainer(EdgeHalf(settings.edge, llm), llm)
+        if kept is not None:
+            tensors, scale = kept.own, kept.scale
+        else:
+            tensors, scale = _tuned(coordinator, which, read_record(settings.edge, "edge"))
+        placement = _placement(settings, llm, tensors, scale)
         images = tuple(open_image(path) for path in question.images)
         example = Example("question", images, question.text, "")
         if kept is not None:
-            adapters = kept.adapters(trainer.edge, example)
-        else:
-            adapters = _adapters(coordinator, which, record)
-        yield from _pieces(trainer, adapters, example, sampling)
+            tensors = kept.tensors(placement.edge, example)
+        yield from _pieces(placement, tensors, example, sampling)
     finally:
         replicas.close()
         coordinator.close()
@@ -89,12 +96,32 @@ def _kept(settings: ClientSettings, run: str) -> Kept:
     return Kept.load(kept_at(settings.cache_dir, run, settings.id))
 
 
-def _adapters(coordinator: CoordinatorClient, which: Which, record: HalfRecord) -> NanoAdapters:
+def _tuned(
+    coordinator: CoordinatorClient, which: Which, record: HalfRecord
+) -> tuple[Tensors, float]:
+    """The tensors to answer with, and their scale."""
     if not which.run:
         nothing = np.zeros((1, record.hidden_size), np.float32)
-        return NanoAdapters.from_tensors({"text.down": nothing, "text.up": nothing.T.copy()}, 1.0)
+        return {"text.down": nothing, "text.up": nothing.T.copy()}, 1.0
     found = _found(coordinator, which)
-    return NanoAdapters.from_tensors(found.tensors, found.scale)
+    return found.tensors, found.scale
+
+
+def _placement(
+    settings: ClientSettings, llm: RemoteLanguageModel, tensors: Tensors, scale: float
+) -> Placement:
+    """Where such tensors go. Raises InvalidRequest where they go into an LLM that isn't here."""
+    where = placement_of(tensors)
+    if where == "lora":
+        if settings.llm_half is None:
+            expected = "the LLM half, as the run trained LoRA inside the LLM (placement lora)"
+            raise InvalidRequest.of("--llm-half", expected, "nothing")
+        rank = next(len(tensor) for name, tensor in tensors.items() if name.endswith(DOWN))
+        return LoraPlacement.load(settings.llm_half, rank, scale, partial(EdgeHalf, settings.edge))
+    if where == "connector":
+        edge = ConnectorEdge(settings.edge, llm, cache_of(llm.fingerprint))
+        return ConnectorPlacement(edge, llm)
+    return NanoPlacement(Trainer(EdgeHalf(settings.edge, llm), llm), scale)
 
 
 def _found(coordinator: CoordinatorClient, which: Which) -> Adapter:
@@ -112,14 +139,14 @@ def _found(coordinator: CoordinatorClient, which: Which) -> Adapter:
 
 
 def _pieces(
-    trainer: Trainer, adapters: NanoAdapters, example: Example, sampling: Sampling
+    placement: Placement, tensors: Tensors, example: Example, sampling: Sampling
 ) -> Iterator[str]:
     """What each new token adds to the text; decoded from the start, as tokens are not whole words."""
     ids: list[int] = []
     shown = ""
-    for _, token in trainer.stream(adapters, [example], sampling):
+    for _, token in placement.stream(tensors, [example], sampling):
         ids.append(token)
-        text = trainer.edge.answer_text(ids)
+        text = placement.edge.answer_text(ids)
         if text.startswith(shown) and not text.endswith("\ufffd"):
             yield text[len(shown) :]
             shown = text

@@ -18,9 +18,11 @@ from fednano.client.meter import Meter
 from fednano.client.remote import Caller, RemoteLanguageModel
 from fednano.client.replicas import Replicas
 from fednano.client.settings import ClientSettings
+from fednano.client.weights import trainable
 from fednano.models.checkpoint import read_record
 from fednano.models.compute import quantisation, unquantised
 from fednano.wire.errors import FedNanoError, InvalidRequest, WrongModel
+from fednano.wire.placements import trained_by
 from fednano.wire.tensor_pb2 import FP32
 
 _LOOKED_AT = 16  # examples that stand for all
@@ -69,6 +71,8 @@ class Check:
     def run(self, rank: int = _RANK) -> Report:
         self._try("settings", self._settings)
         record = self._try("edge half", self._edge_record)
+        if self.settings.llm_half is not None:
+            self._try("LLM half", self._llm_half)
         examples = self._try("data", self._examples)
         self._try("disk", self._disk)
         tokens = self._try("coordinator, token, TLS", self._login)
@@ -95,6 +99,11 @@ class Check:
     def _edge_record(self) -> Found:
         record = read_record(self.settings.edge, "edge")
         return Found(f"{record.name}, {record.parameters:,} parameters", record)
+
+    def _llm_half(self) -> str:
+        weights = trainable(self.settings.edge, self.settings.llm_half)
+        layers = len(trained_by("lora", weights))
+        return f"{self.settings.llm_half}: {layers} layers for LoRA in runs with placement lora"
 
     def _examples(self) -> Found:
         if self.settings.data is None:

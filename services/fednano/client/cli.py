@@ -34,6 +34,7 @@ _option = partial(option, ClientSettings)
 Coordinator = Annotated[str | None, _option("coordinator")]
 Llm = Annotated[str | None, _option("llm")]
 Edge = Annotated[Path | None, _option("edge")]
+LlmHalf = Annotated[Path | None, _option("llm_half")]
 Id = Annotated[str | None, _option("id", help="client id; the host's name unless given")]
 Data = Annotated[Path | None, _option("data")]
 CacheDir = Annotated[Path | None, _option("cache_dir")]
@@ -74,6 +75,7 @@ def run_command(
     llm: Llm = None,
     token_file: TokenFile = None,
     edge: Edge = None,
+    llm_half: LlmHalf = None,
     id: Id = None,
     run: Annotated[str | None, _option("run")] = None,
     role: Annotated[str | None, _option("role", help="trainer or evaluator")] = None,
@@ -108,6 +110,7 @@ def check_command(
     llm: Llm = None,
     token_file: TokenFile = None,
     edge: Edge = None,
+    llm_half: LlmHalf = None,
     id: Id = None,
     data: Data = None,
     cache_dir: CacheDir = None,
@@ -208,6 +211,7 @@ def ask_command(
     llm: Llm = None,
     token_file: TokenFile = None,
     edge: Edge = None,
+    llm_half: LlmHalf = None,
     id: Id = None,
     cache_dir: CacheDir = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,

@@ -22,18 +22,23 @@ from fednano.client.edge import EdgeHalf
 from fednano.client.factored import FactoredLanguageModel
 from fednano.client.heartbeat import Heartbeat, TaskGivenUp
 from fednano.client.meter import Meter
+from fednano.client.placements import NanoPlacement, Placement
+from fednano.client.placements_connector import ConnectorEdge, ConnectorPlacement, cache_of
+from fednano.client.placements_lora import LoraPlacement
 from fednano.client.remote import Caller, RemoteLanguageModel
 from fednano.client.replicas import Replicas
 from fednano.client.scaffold import Controls
 from fednano.client.settings import ClientSettings
 from fednano.client.trainer import Trainer
+from fednano.client.weights import trainable
 from fednano.client.worker import Worker
 from fednano.models.checkpoint import read_record
+from fednano.models.language_model import LanguageModel
 from fednano.settings import invalid
 from fednano.wire import coordinator_pb2 as pb
 from fednano.wire.errors import SessionEnded, Unsupported
 from fednano.wire.run_config import RunConfig
-from fednano.wire.tensor_pb2 import BF16, FP16, FP32, INT8, Header
+from fednano.wire.tensor_pb2 import BF16, FP16, FP32, INT8, Header, TensorSpec
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +79,7 @@ class Client:
     _controls: Controls
     _task: object = None
     _cache: FeatureCache | None = field(default=None, repr=False)
+    _before_connector: FeatureCache | None = field(default=None, repr=False)
 
     @classmethod
     def connect(cls, settings: ClientSettings) -> Client:
@@ -119,6 +125,7 @@ class Client:
     def _join(self) -> Membership:
         """Asks until a run wants this client."""
         record = read_record(self.settings.edge, "edge")
+        weights = trainable(self.settings.edge, self.settings.llm_half)
         role = pb.EVALUATOR if self.settings.role == "evaluator" else pb.TRAINER
         waiting_for = ""
         while True:
@@ -132,6 +139,7 @@ class Client:
                     fingerprint=record.fingerprint,
                     hidden_size=record.hidden_size,
                     version=__version__,
+                    weights=[TensorSpec(name=n, dtype=FP32, shape=s) for n, s in weights],
                 )
             )
             if reply.WhichOneof("outcome") == "member":
@@ -151,25 +159,18 @@ class Client:
     def _serve(self, member: Membership) -> str:
         """Does a run's tasks; returns the state in which the run ended."""
         heartbeat = Heartbeat(self.coordinator, member, self.settings.heartbeat_seconds)
-        llm = RemoteLanguageModel(
-            self.replicas,
-            Caller(lambda: self._llm_header(member), member.token),
-            self.meter,
-            WIRE_DTYPES[member.config.training.wire_dtype],
-            self.settings.retry_seconds,
-        )
-        factored = _factored(llm, member.config)
-        worker = Worker(
-            self.coordinator,
-            member,
-            Trainer(self._edge_half(llm), llm, factored),
-            heartbeat,
-            self._own_data,
-            self.settings.role == "evaluator",
-            self._controls,
-            self.settings.cache_dir,
-        )
         with heartbeat:
+            placement = self._placement(member)
+            worker = Worker(
+                self.coordinator,
+                member,
+                placement,
+                heartbeat,
+                self._own_data,
+                self.settings.role == "evaluator",
+                self._controls,
+                self.settings.cache_dir,
+            )
             while True:
                 heartbeat.check()
                 reply = self.coordinator.next_task(member, POLL_MS)
@@ -178,8 +179,7 @@ class Client:
                         state = reply.finished.run_state
                         log.info("run ended", extra={"state": state})
                         self._controls.forget(member.run)
-                        if factored is not None:
-                            factored.forget()
+                        placement.forget()
                         return state
                     case "train":
                         self._do(worker.train, reply.train)
@@ -202,7 +202,35 @@ class Client:
         header.alone = member.config.deterministic
         return header
 
-    def _edge_half(self, llm: RemoteLanguageModel) -> EdgeHalf:
+    def _placement(self, member: Membership) -> Placement:
+        """Of the weights that the run trains. With `lora` no LLM service is asked for anything."""
+        config = member.config
+        adapter, training = config.adapter, config.training
+        if config.placement == "lora":
+            half = self.settings.llm_half
+            assert half is not None, "the coordinator lets nobody in who has none"
+            frozen = config.strategy.name == "ffa"
+            return LoraPlacement.load(half, adapter.rank, adapter.scale, self._edge_half, frozen)
+        llm = RemoteLanguageModel(
+            self.replicas,
+            Caller(lambda: self._llm_header(member), member.token),
+            self.meter,
+            WIRE_DTYPES[training.wire_dtype],
+            self.settings.retry_seconds,
+        )
+        if config.placement == "connector":
+            return ConnectorPlacement(self._connector_edge(llm), llm, training.loss)
+        trainer = Trainer(self._edge_half(llm), llm, _factored(llm, config))
+        return NanoPlacement(trainer, adapter.scale)
+
+    def _connector_edge(self, llm: LanguageModel) -> ConnectorEdge:
+        """As `_edge_half`; what is kept is what the encoder made of images."""
+        if self._before_connector is None:
+            record = read_record(self.settings.edge, "edge")
+            self._before_connector = cache_of(record.fingerprint, self.settings.cache_dir)
+        return ConnectorEdge(self.settings.edge, llm, self._before_connector)
+
+    def _edge_half(self, llm: LanguageModel) -> EdgeHalf:
         """Bound to this membership's LLM; images that were encoded for an earlier one are kept."""
         if self._cache is None:
             record = read_record(self.settings.edge, "edge")

@@ -19,11 +19,12 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from fednano.client import private_files
-from fednano.client.adapters import NanoAdapters, Tensors
+from fednano.client.adapters import Tensors
 from fednano.client.edge import EdgeHalf
 from fednano.client.examples import Example
+from fednano.client.placements import Placement, unheard
 from fednano.client.private_files import under
-from fednano.client.trainer import EvaluationResult, Progress, Trainer
+from fednano.client.trainer import EvaluationResult, Progress
 from fednano.wire.errors import InvalidRequest
 from fednano.wire.low_rank import DOWN, UP
 
@@ -93,26 +94,25 @@ class Kept:
     own: Tensors
     mixture: Mixture | None = None
 
-    def adapters(self, edge: EdgeHalf, example: Example) -> NanoAdapters:
+    def tensors(self, edge: EdgeHalf, example: Example) -> Tensors:
         """Those that this question is answered with."""
-        tensors = self.own if self.mixture is None else self.mixture.tensors(edge, example)
-        return NanoAdapters.from_tensors(tensors, self.scale)
+        return self.own if self.mixture is None else self.mixture.tensors(edge, example)
 
     def score(
         self,
-        trainer: Trainer,
+        placement: Placement,
         examples: Sequence[Example],
         longest: int,
-        progress: Progress = lambda share: None,
+        progress: Progress = unheard,
     ) -> EvaluationResult:
-        """Accuracy and loss, as Trainer.evaluate means them, over all adapters that answer."""
+        """Accuracy and loss, as Trainer.evaluate means them, over all adapters that answer.
+        `placement` is the run's, and has its scale."""
         parts = [(self.own, list(examples))]
         if self.mixture is not None:
-            parts = self.mixture.by_question(trainer.edge, examples)
+            parts = self.mixture.by_question(placement.edge, examples)
         found: list[EvaluationResult] = []
         for tensors, chosen in parts:
-            adapters = NanoAdapters.from_tensors(tensors, self.scale)
-            found.append(trainer.evaluate(adapters, chosen, longest, progress=progress))
+            found.append(placement.evaluate(tensors, chosen, longest, progress))
         count = sum(each.samples for each in found)
         accuracy = sum(each.accuracy * each.samples for each in found) / count
         loss = sum(each.loss * each.samples for each in found) / count

@@ -25,6 +25,9 @@ class ClientSettings(CallerTls):
     llm: str = Field("127.0.0.1:50051", description="host:port of the LLM service")
     token: SecretStr = Field(description="bearer token of role site")
     edge: Path = Field(description="the edge half, as `fednano split` wrote it")
+    llm_half: Path | None = Field(
+        None, description="the LLM half too, for runs with placement lora; no other run opens it"
+    )
     id: str = Field(default_factory=socket.gethostname, min_length=1, max_length=128)
     run: str = Field("", description="the run to join; empty: any that wants this client")
     role: Literal["trainer", "evaluator"] = Field("trainer", description="what it does in a run")

@@ -152,7 +152,7 @@ class Trainer:
             for ready in batches:
                 progress(ready.share)
                 last = ready.number == passes - 1 and fisher != "none"
-                with _named(ready.examples):
+                with named(ready.examples):
                     crossed = _step(nano, ready.batch, wire, estimate if last else None)
                 if ready.number < settings.epochs:
                     learning.step(crossed)
@@ -207,7 +207,7 @@ class Trainer:
         with one_ahead(self._ready(examples, batch_size)) as batches:
             for ready in batches:
                 progress(ready.share)
-                with _named(ready.examples):
+                with named(ready.examples):
                     score = self._wire().score(nano, ready.batch)
                 losses += mean_losses(score)
                 judged += self._judged(adapters, ready.examples, score, max_new_tokens)
@@ -244,7 +244,7 @@ class Trainer:
         with one_ahead(self._ready(texts, batch_size)) as batches:
             for ready in batches:
                 progress(part.share)
-                with _named(ready.examples):
+                with named(ready.examples):
                     losses += mean_losses(self._wire().score(nano, ready.batch))
         for example in offering:
             own, losses = losses[: len(example.candidates)], losses[len(example.candidates) :]
@@ -279,7 +279,7 @@ def _step(nano: NanoEdge, batch: Batch, wire: Wire, estimate: FisherEstimate | N
 
 
 @contextmanager
-def _named(examples: Sequence[Example]) -> Iterator[None]:
+def named(examples: Sequence[Example]) -> Iterator[None]:
     """Whoever must mend the data is told which of these examples it is."""
     try:
         yield

@@ -8,15 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fednano.client.adapters import NanoAdapters, Tensors
+from fednano.client.adapters import Tensors
 from fednano.client.coordination import Adapter, CoordinatorClient, Membership
 from fednano.client.datasets import Dataset, JsonlDataset, Shard, global_test_set
 from fednano.client.examples import Example
 from fednano.client.heartbeat import Heartbeat, TaskGivenUp
 from fednano.client.methods import LocalRound
 from fednano.client.personal import COMPARED_BY, Kept, Mixture, kept_at
+from fednano.client.placements import Placement
 from fednano.client.scaffold import Controls
-from fednano.client.trainer import EvaluationResult, Trainer, TrainResult
+from fednano.client.trainer import EvaluationResult, TrainResult
 from fednano.wire import coordinator_pb2 as pb
 from fednano.wire.errors import InvalidRequest, NotFound
 from fednano.wire.run_config import TrainingConfig
@@ -30,7 +31,7 @@ class Worker:
 
     coordinator: CoordinatorClient
     member: Membership
-    trainer: Trainer
+    placement: Placement
     heartbeat: Heartbeat
     own_data: JsonlDataset | None = None
     evaluator: bool = False
@@ -69,7 +70,7 @@ class Worker:
             handed=self._handed(task),
             control=self.controls.of(self.member.run, task.round),
         )
-        return local.train(self.trainer, data, self.heartbeat.progress)
+        return self.placement.train(local, data, self.heartbeat.progress)
 
     def _handed(self, task: pb.TrainTask) -> Tensors:
         """SCAFFOLD's c. Raises TaskGivenUp where it has moved on, and with it the round."""
@@ -116,11 +117,11 @@ class Worker:
             base=merged.tensors,
             training=config.training,
         )
-        own = local.train(self.trainer, data, self.heartbeat.progress).adapter
+        own = self.placement.train(local, data, self.heartbeat.progress).adapter
         mixture = None
         if config.personal == "feddpa-f":
             compared = data.epoch(config.seed, local.number, 0, COMPARED_BY)
-            mixture = Mixture.of(self.trainer.edge, merged.tensors, own, compared)
+            mixture = Mixture.of(self.placement.edge, merged.tensors, own, compared)
         kept = Kept(merged.scale, own, mixture)
         self._keep(kept)
         return self._worth(kept, data)
@@ -129,10 +130,10 @@ class Worker:
         """On what the client held back, and on the global test set where that is a built-in task's."""
         config, progress = self.member.config, self.heartbeat.progress
         longest = config.evaluation.max_new_tokens
-        own = kept.score(self.trainer, data.held_back(), longest, progress)
+        own = kept.score(self.placement, data.held_back(), longest, progress)
         found = {"personal.accuracy": own.accuracy, "personal.loss": own.loss}
         if config.data.dealt:
-            everybody = kept.score(self.trainer, global_test_set(config.data), longest, progress)
+            everybody = kept.score(self.placement, global_test_set(config.data), longest, progress)
             found["personal.global_accuracy"] = everybody.accuracy
         return found
 
@@ -161,12 +162,8 @@ class Worker:
         return found
 
     def _evaluated(self, adapter: Adapter, examples: Sequence[Example]) -> EvaluationResult:
-        return self.trainer.evaluate(
-            NanoAdapters.from_tensors(adapter.tensors, adapter.scale),
-            examples,
-            self.member.config.evaluation.max_new_tokens,
-            progress=self.heartbeat.progress,
-        )
+        longest = self.member.config.evaluation.max_new_tokens
+        return self.placement.evaluate(adapter.tensors, examples, longest, self.heartbeat.progress)
 
     def _adapter(self, digest: str) -> Adapter:
         """From the coordinator, or the one that was fetched last."""

@@ -19,12 +19,14 @@ from fednano.wire.errors import (
     Busy,
     Conflict,
     FedNanoError,
+    InvalidRequest,
     NotFound,
     PermissionDenied,
     Problem,
     WrongModel,
 )
 from fednano.wire.participation import MOST_CLIENTS
+from fednano.wire.placements import LACKING, Shapes, difference, exchanged, total, trained_by
 from fednano.wire.sessions import Identity
 
 _TRIES = 50
@@ -41,6 +43,7 @@ class Applicant:
     hidden_size: int
     version: str
     token: Identity
+    weights: Shapes = ()  # that it could train
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,10 @@ class Admission:
 class Enrolment:
     """Admits clients, one after the other within this process."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, limit: int = 1 << 30) -> None:
+        """`limit` is the bytes that an update may have."""
         self._store = store
+        self._limit = limit
         self._lock = asyncio.Lock()
 
     async def join(self, run: str, applicant: Applicant) -> Admission | str:
@@ -110,7 +115,10 @@ class Enrolment:
             if known.role != applicant.role:
                 raise Conflict(f"client {known.id!r} is a member as {known.role}")
             await self._check_owner(known.id, known.token_id, known.token_name, applicant.token)
-        model = self._with_model(run, applicant)
+        weights = trained_by(run.config.placement, applicant.weights)
+        if run.config.placement != "nano-adapters" and not weights and not run.state.ended:
+            return f"run {run.name!r} {LACKING[run.config.placement]}"
+        model = self._with_weights(self._with_model(run, applicant), weights)
         if known is not None and (known.role == "evaluator" or known.id in run.members):
             return await self._admit(run, model, applicant, known.shard, known=known)
         if run.state.ended:
@@ -217,3 +225,17 @@ class Enrolment:
         if run.fingerprint == wanted and run.hidden_size == hidden:
             return run
         return replace(run, fingerprint=wanted, hidden_size=hidden)
+
+    def _with_weights(self, run: StoredRun, weights: Shapes) -> StoredRun:
+        """The run with the weights that it trains fixed by the first member. Raises WrongModel for
+        others, InvalidRequest where they are more than an update may have."""
+        if run.weights == weights or run.state.ended:
+            return run
+        if run.weights:
+            expected, got = difference(run.weights, weights) or ("", "")
+            problem = Problem("weights", expected, got)
+            raise WrongModel(f"run {run.name!r} trains other weights: {problem}", problem)
+        size = 4 * total(exchanged(run.config.placement, weights, run.config.adapter.rank))
+        if size > self._limit:
+            raise InvalidRequest.of("weights", f"at most {self._limit} bytes in fp32", size)
+        return replace(run, weights=weights)

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar, get_type_hints
 from pydantic import TypeAdapter
 
 from fednano.coordinator.records import ClientRecord, RoundRecord, RunRecord
+from fednano.wire.placements import Shapes
 
 T = TypeVar("T")
 
@@ -57,6 +58,7 @@ class StoredRun(RunRecord):
     version: int = 0
     enrol_until: float = 0.0
     hidden_size: int = 0  # of the LLM, from the first member
+    weights: Shapes = ()  # that the run's placement trains, from the first member, too
     best_accuracy: float | None = None
     resume_to: str = ""  # the state that a pause interrupted
 
@@ -96,7 +98,7 @@ def _narrow(cls: type[T], record: Any) -> T:
     return cls(**{field.name: getattr(record, field.name) for field in fields(cls)})  # type: ignore[arg-type]
 
 
-_RUN_EXTRAS = ("version", "enrol_until", "hidden_size", "best_accuracy", "resume_to")
+_RUN_EXTRAS = ("version", "enrol_until", "hidden_size", "weights", "best_accuracy", "resume_to")
 _LARGE = ("config", "members")  # every member that joins makes an event
 RUN = Fields(StoredRun, hidden=(*_LARGE, *_RUN_EXTRAS))
 ROUND = Fields(StoredRound, hidden=("version", "base", "base_handed", "handed", "evaluators"))

@@ -30,7 +30,7 @@ from fednano.coordinator.strategies import (
     Buffered,
     State,
     Strategy,
-    initial_adapter,
+    first_adapter,
     strategy_of,
 )
 
@@ -148,9 +148,8 @@ class Rounds:
 
     async def _start(self, run: StoredRun) -> float:
         """Round 0: the adapter before any training, evaluated as the zero-shot baseline."""
-        config = run.config.adapter
-        tensors = initial_adapter(config.modalities, config.rank, run.hidden_size, run.config.seed)
-        adapter = make_adapter(tensors, config.scale)
+        tensors = first_adapter(run.config, run.hidden_size, run.weights)
+        adapter = make_adapter(tensors, run.config.adapter.scale)
         evaluators = await self._evaluators(run, 0)
         if evaluators is None:
             return _SOON

@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 from fednano.coordinator import buffer, keys
+from fednano.coordinator.applicants import applicant_of
 from fednano.coordinator.auth import CLIENTS, READERS, require
-from fednano.coordinator.enrolment import Applicant, Enrolment
+from fednano.coordinator.enrolment import Enrolment
 from fednano.coordinator.fields import StoredClient
 from fednano.coordinator.metrics import Metrics
 from fednano.coordinator.records import StoredAdapter, Tensors
@@ -39,8 +40,6 @@ from fednano.coordinator.tasks import (
 )
 from fednano.wire.codec import chunked, pack, spec_of
 from fednano.wire.coordinator_pb2 import (
-    EVALUATOR,
-    TRAINER,
     AdapterHead,
     GetAdapterReply,
     GetAdapterRequest,
@@ -71,7 +70,6 @@ _MAX_WAIT_SECONDS = 60.0
 _HEAVY_CALLS = 16  # worked on at a time: a whole cohort's must not hold up those who only ask
 _LOOK_AGAIN_SECONDS = 5.0  # while a call is held open: a ring may have been lost
 _DOING_LENGTH = 80
-_ROLES = {TRAINER: "trainer", EVALUATOR: "evaluator"}
 _RESULTS = {
     "accepted": (SubmitReply.ACCEPTED, ""),
     "duplicate": (SubmitReply.DUPLICATE, "it was accepted before"),
@@ -96,7 +94,7 @@ class Servicer(CoordinatorServicer):
         self._metrics = metrics
         self._max_norm = max_update_norm
         self._limit = message_bytes
-        self._enrolment = Enrolment(store)
+        self._enrolment = Enrolment(store, message_bytes)
         self._working = asyncio.Semaphore(_HEAVY_CALLS)  # never held while a client sends or reads
         self._closing = False
 
@@ -108,7 +106,7 @@ class Servicer(CoordinatorServicer):
     async def Join(self, request: JoinRequest, context: Context) -> JoinReply:  # noqa: N802
         identity = require(CLIENTS)
         checked_header(request.header)
-        outcome = await self._enrolment.join(request.header.run, _applicant(request, identity))
+        outcome = await self._enrolment.join(request.header.run, applicant_of(request, identity))
         if isinstance(outcome, str):
             return JoinReply(wait=Wait(retry_after_ms=5 * RETRY_MS, reason=outcome))
         member = membership(outcome.run, outcome.member)
@@ -326,24 +324,6 @@ def _visitor(header: Header) -> Visitor:
     if not header.run or not header.session:
         raise InvalidRequest.of("header.session", "a session issued by Join", "nothing")
     return Visitor(header.run, header.client, header.session, identity.token_id)
-
-
-def _applicant(request: JoinRequest, identity: Identity) -> Applicant:
-    if request.role not in _ROLES:
-        raise InvalidRequest.of("role", "TRAINER or EVALUATOR", request.role)
-    if not request.fingerprint:
-        raise InvalidRequest.of("fingerprint", "the model's", "nothing")
-    if not 1 <= request.hidden_size <= 1 << 20:
-        raise InvalidRequest.of("hidden_size", "the LLM's", request.hidden_size)
-    return Applicant(
-        client=request.header.client,
-        role=_ROLES[request.role],
-        samples=request.samples,
-        fingerprint=request.fingerprint,
-        hidden_size=request.hidden_size,
-        version=request.version[:64],
-        token=identity,
-    )
 
 
 def _sender(header: Header) -> Sender:

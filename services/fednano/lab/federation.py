@@ -46,6 +46,7 @@ class Federation:
         self.admin_token = secrets.token_urlsafe(32)
         self.halves = directory / "model"
         self._redis = RedisServer(directory / "redis")
+        self._whole: set[str] = set()  # runs whose clients need the LLM, too
         # Chosen once, so that a service which is started again is found where it was.
         self._ports = {name: free_port() for name in ("llm", "grpc", "http")}
 
@@ -99,7 +100,8 @@ class Federation:
         self.processes.start("llm", [*FEDNANO, "llm"], {**_ENVIRONMENT, **env})
 
     def start_client(self, name: str, run: str, role: str = "trainer", **settings: str) -> None:
-        """A client process that ends with its run; `settings` are FEDNANO_CLIENT_* values."""
+        """A client process that ends with its run; `settings` are FEDNANO_CLIENT_* values. It has the
+        LLM half where the run trains LoRA inside the LLM."""
         addresses = self.addresses
         token = self.directory / f"{name}.token"
         if not token.exists():
@@ -113,6 +115,8 @@ class Federation:
             "FEDNANO_CLIENT_RUN": run,
             "FEDNANO_CLIENT_ROLE": role,
         }
+        if run in self._whole:
+            env["FEDNANO_CLIENT_LLM_HALF"] = str(self.halves / "llm")
         env |= {f"FEDNANO_CLIENT_{key.upper()}": value for key, value in settings.items()}
         self.processes.start(name, [*FEDNANO, "client", "run"], {**_ENVIRONMENT, **env})
 
@@ -145,6 +149,8 @@ class Federation:
         body: dict[str, Any] = config.model_dump(mode="json")
         with self.rest() as api:
             api.post("runs", json=body).raise_for_status()
+        if config.placement == "lora":
+            self._whole.add(config.name)
 
     def _split(self) -> None:
         command = [*FEDNANO, "split", str(self._model), "--out", str(self.halves), "--json"]

@@ -16,7 +16,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 FAMILY = "llava"
 EDGE_PARTS = ("vision_tower", "multi_modal_projector")
-CONNECTOR_OUTPUT = "multi_modal_projector.linear_2"
+CONNECTOR = "multi_modal_projector"
+CONNECTOR_OUTPUT = f"{CONNECTOR}.linear_2"
 """The last linear layer before the LLM: where an exported image adapter sits."""
 
 

@@ -17,7 +17,7 @@ TRAINER: Role
 EVALUATOR: Role
 
 class JoinRequest(_message.Message):
-    __slots__ = ("header", "role", "samples", "fingerprint", "abilities", "version", "hidden_size")
+    __slots__ = ("header", "role", "samples", "fingerprint", "abilities", "version", "hidden_size", "weights")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
@@ -25,6 +25,7 @@ class JoinRequest(_message.Message):
     ABILITIES_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     header: _tensor_pb2.Header
     role: Role
     samples: int
@@ -32,7 +33,8 @@ class JoinRequest(_message.Message):
     abilities: _containers.RepeatedScalarFieldContainer[str]
     version: str
     hidden_size: int
-    def __init__(self, header: _Optional[_Union[_tensor_pb2.Header, _Mapping]] = ..., role: _Optional[_Union[Role, str]] = ..., samples: _Optional[int] = ..., fingerprint: _Optional[str] = ..., abilities: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., hidden_size: _Optional[int] = ...) -> None: ...
+    weights: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorSpec]
+    def __init__(self, header: _Optional[_Union[_tensor_pb2.Header, _Mapping]] = ..., role: _Optional[_Union[Role, str]] = ..., samples: _Optional[int] = ..., fingerprint: _Optional[str] = ..., abilities: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., hidden_size: _Optional[int] = ..., weights: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ...) -> None: ...
 
 class JoinReply(_message.Message):
     __slots__ = ("member", "wait")

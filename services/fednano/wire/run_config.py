@@ -19,6 +19,7 @@ from fednano.wire.participation import (
 )
 from fednano.wire.partition import SMALLEST_SHARE, TRAINING_IMAGES, Partition, most_clients
 from fednano.wire.personal import Personal, check_personal
+from fednano.wire.placements import PlacementName, check_placement
 from fednano.wire.ranks import check_ranks
 from fednano.wire.section import Section
 from fednano.wire.shadows import MOST_SHADOWS, check_shadows
@@ -200,6 +201,12 @@ class RunConfig(Section):
         description="once the last round is merged each client trains for another one by itself and"
         " keeps that adapter; fine-tuned: it answers with it; feddpa-f: it mixes both, by question",
     )
+    placement: PlacementName = Field(
+        "nano-adapters",
+        description="which weights are trained: NanoAdapters beside the split; connector: the"
+        " checkpoint's own connector, whole, at the client; lora: LoRA of adapter.rank inside the LLM,"
+        " for clients that have it whole (--llm-half)",
+    )
     adapter: AdapterConfig = AdapterConfig()
     training: TrainingConfig = TrainingConfig()
     data: DataConfig = DataConfig()
@@ -224,6 +231,7 @@ class RunConfig(Section):
         check_shadows(self.strategy, self.shadows)
         check_ranks(self)
         check_personal(self)
+        check_placement(self)
         self._suits("strategy", self.strategy)
         for index, shadow in enumerate(self.shadows):
             self._suits(f"shadows.{index}", shadow)

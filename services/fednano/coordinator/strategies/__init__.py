@@ -5,7 +5,7 @@ what a strategy is, `updates` how it reads, `choice` which one a run gets.
 """
 
 from fednano.coordinator.strategies.buffered import Buffered
-from fednano.coordinator.strategies.choice import initial_adapter, strategy_of
+from fednano.coordinator.strategies.choice import first_adapter, initial_adapter, strategy_of
 from fednano.coordinator.strategies.low_rank import FrozenDown, ProductMean, Stack
 from fednano.coordinator.strategies.means import FISHER, FedAvg, FisherMerging
 from fednano.coordinator.strategies.optimizers import Adaptive, FedAvgM, ServerOptimizer
@@ -50,6 +50,7 @@ __all__ = [
     "TrimmedMean",
     "Update",
     "blocks",
+    "first_adapter",
     "initial_adapter",
     "mean_of",
     "merging_threads",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+import numpy as np
+
 from fednano.coordinator.records import Tensors
 from fednano.coordinator.strategies.low_rank import FrozenDown, ProductMean, Stack
 from fednano.coordinator.strategies.means import FedAvg, FisherMerging
@@ -12,10 +14,12 @@ from fednano.coordinator.strategies.optimizers import Adaptive, FedAvgM, ServerO
 from fednano.coordinator.strategies.robust import Krum, Median, TrimmedMean
 from fednano.coordinator.strategies.scaffold import Scaffold
 from fednano.coordinator.strategies.state import Strategy
-from fednano.wire.low_rank import drawn
-from fednano.wire.run_config import StrategyConfig
+from fednano.wire.low_rank import DOWN, drawn
+from fednano.wire.placements import Shapes, exchanged
+from fednano.wire.run_config import RunConfig, StrategyConfig
 
 T = TypeVar("T")
+_INSIDE = 0x10A  # sets the seeds of LoRA inside the LLM apart
 
 
 def strategy_of(config: StrategyConfig, members: int | None = None) -> Strategy:
@@ -58,6 +62,28 @@ _MADE: dict[str, Callable[[StrategyConfig], Strategy]] = {
 }
 
 
+def first_adapter(config: RunConfig, hidden_size: int, weights: Shapes) -> Tensors:
+    """A run's, before any training: the model is the checkpoint. `weights` are those that its
+    placement trains, as clients announce them."""
+    adapter = config.adapter
+    if config.placement == "nano-adapters":
+        return initial_adapter(adapter.modalities, adapter.rank, hidden_size, config.seed)
+    shapes = exchanged(config.placement, weights, adapter.rank)
+    if config.placement == "lora":
+        return _drawn_inside(shapes, config.seed)
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes}
+
+
+def _drawn_inside(shapes: Shapes, seed: int) -> Tensors:
+    """A [r, in] as PEFT draws it, uniform in +-1/sqrt(in), but by the seed; B [out, r] zero."""
+    rng = np.random.default_rng([seed, _INSIDE])
+    found: Tensors = {}
+    for name, shape in shapes:
+        bound = shape[1] ** -0.5 if name.endswith(DOWN) else 0.0
+        found[name] = rng.uniform(-bound, bound, shape).astype(np.float32)
+    return found
+
+
 def initial_adapter(modalities: Iterable[str], rank: int, hidden_size: int, seed: int) -> Tensors:
-    """A run's, before any training. It changes nothing yet."""
+    """NanoAdapters before any training. They change nothing yet."""
     return drawn(modalities, rank, hidden_size, [seed])

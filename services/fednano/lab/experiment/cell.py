@@ -24,19 +24,22 @@ from fednano.client.edge import EdgeHalf
 from fednano.client.examples import Example
 from fednano.client.methods import LocalRound
 from fednano.client.personal import COMPARED_BY, Kept, Mixture
+from fednano.client.placements import NanoPlacement, Placement
+from fednano.client.placements_connector import ConnectorEdge, ConnectorPlacement, cache_of
+from fednano.client.placements_lora import LoraPlacement
 from fednano.client.scaffold import Controls
 from fednano.client.trainer import EvaluationResult, Trainer
+from fednano.client.weights import trainable
 from fednano.coordinator.cohorts import evaluating_roles, sample_cohort
 from fednano.coordinator.records import Tensors
 from fednano.coordinator.store_adapters import make_adapter
-from fednano.coordinator.strategies import State, Update, strategy_of
+from fednano.coordinator.strategies import State, Update, first_adapter, strategy_of
 from fednano.lab.experiment.attacks import Flipped, attackers, forged
 from fednano.lab.experiment.metered import MeteredLanguageModel
-from fednano.lab.experiment.placements import NanoPlacement, Placement
-from fednano.lab.experiment.placements_connector import ConnectorEdge, ConnectorPlacement
 from fednano.lab.experiment.plan import Cell
 from fednano.lab.experiment.results import Figures, RoundFigures, Spent
 from fednano.models.frozen import FrozenLLM
+from fednano.wire.placements import trained_by
 from fednano.wire.run_config import RunConfig
 
 _RUN = "cell"  # in which a client keeps its controls
@@ -59,22 +62,30 @@ class Bench:
         cache = FeatureCache(llm.fingerprint)
         return cls(llm, Trainer(EdgeHalf(halves / "edge", llm, cache), llm), halves)
 
-    def placed(self, cell: Cell) -> Placement:
-        """Where the cell's weights lie."""
-        config, directory = cell.config, self.halves / "llm"
-        if cell.method.placement == "connector":
-            return ConnectorPlacement(self._connector, self.llm, config)
-        if cell.method.placement == "lora":
-            # PEFT takes seconds to import, and few cells need it.
-            from fednano.lab.experiment.placements_lora import LoraPlacement
+    def placed(self, config: RunConfig) -> Placement:
+        """Where the run's weights lie."""
+        rank, scale = config.adapter.rank, config.adapter.scale
+        if config.placement == "connector":
+            return ConnectorPlacement(self._connector, self.llm, config.training.loss)
+        if config.placement == "lora":
+            half, edge, frozen = (
+                self.halves / "llm",
+                self.trainer.edge,
+                config.strategy.name == "ffa",
+            )
+            return LoraPlacement.load(half, rank, scale, lambda llm: edge, frozen)
+        return NanoPlacement(self.trainer, scale)
 
-            return LoraPlacement.load(directory, self.trainer.edge, self.llm.fingerprint, config)
-        return NanoPlacement(self.trainer, config)
+    def first(self, config: RunConfig) -> Tensors:
+        """The run's adapter before any training."""
+        weights = trainable(self.halves / "edge", self.halves / "llm")
+        chosen = trained_by(config.placement, weights)
+        return first_adapter(config, self.llm.hidden_size, chosen)
 
     @cached_property
     def _connector(self) -> ConnectorEdge:
         """Loaded once: it keeps what the encoder made of each image."""
-        return ConnectorEdge(self.halves / "edge", self.llm)
+        return ConnectorEdge(self.halves / "edge", self.llm, cache_of(self.llm.fingerprint))
 
 
 @dataclass
@@ -142,7 +153,7 @@ class Solo:
     def __init__(self, bench: Bench, cell: Cell, progress: Callable[[str], None]) -> None:
         self._bench, self._cell, self._say = bench, cell, progress
         self._meter = Meter(bench.llm)
-        self._placed = bench.placed(cell)
+        self._placed = bench.placed(cell.config)
         config = cell.config
         self._config: RunConfig = config
         shards: list[Dataset] = [
@@ -191,7 +202,7 @@ class Solo:
 
     def _federated(self) -> Figures:
         config = self._config
-        state = State(self._placed.initial())
+        state = State(self._bench.first(config))
         rounds = [self._evaluated(0, state.adapter)]
         for number in range(1, config.rounds + 1):
             self._say(f"round {number} of {config.rounds}")
@@ -274,7 +285,7 @@ class Solo:
         )
 
     def _scored(self, adapter: Tensors, examples: Sequence[Example]) -> EvaluationResult:
-        return self._placed.evaluate(adapter, examples)
+        return self._placed.evaluate(adapter, examples, self._config.evaluation.max_new_tokens)
 
     def _own(self, adapters: Sequence[Tensors]) -> list[float]:
         """Accuracy of each client's adapter on what it held back."""
@@ -294,7 +305,7 @@ class Solo:
 
     def _local(self) -> Figures:
         """Every client by itself; on the global test set, the clients' mean."""
-        config, first = self._config, self._placed.initial()
+        config, first = self._config, self._bench.first(self._config)
         start = self._evaluated(0, first)
         adapters = []
         for member, shard in enumerate(self._shards):
@@ -315,7 +326,7 @@ class Solo:
 
     def _centralised(self) -> Figures:
         """As if one client had everybody's data."""
-        config, adapter = self._config, self._placed.initial()
+        config, adapter = self._config, self._bench.first(self._config)
         rounds, pooled = [self._evaluated(0, adapter)], Pooled(self._shards)
         for number in range(1, config.rounds + 1):
             self._say(f"round {number} of {config.rounds}")
@@ -344,11 +355,11 @@ class Solo:
         self, shared: Tensors, own: Tensors, data: Dataset
     ) -> Callable[[Sequence[Example]], EvaluationResult]:
         """Scores FedDPA-F's mixture of both adapters."""
-        config, trainer = self._config, self._bench.trainer
+        config, placed = self._config, self._placed
         compared = data.epoch(config.seed, config.rounds + 1, 0, COMPARED_BY)
-        mixture = Mixture.of(trainer.edge, shared, own, compared)
+        mixture = Mixture.of(placed.edge, shared, own, compared)
         kept, longest = Kept(config.adapter.scale, own, mixture), config.evaluation.max_new_tokens
-        return lambda examples: kept.score(trainer, examples, longest)
+        return lambda examples: kept.score(placed, examples, longest)
 
 
 def _means(measured: Sequence[dict[str, float]]) -> dict[str, float]:

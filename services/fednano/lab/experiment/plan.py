@@ -22,9 +22,9 @@ from pydantic import (
     model_validator,
 )
 
-from fednano.lab.experiment.placements_rules import PlacementName, misplaced
 from fednano.settings import invalid
 from fednano.wire.errors import InvalidRequest, Problem
+from fednano.wire.placements import PlacementName
 from fednano.wire.run_config import Modality, RunConfig, StrategyConfig, StrategyName
 
 _VERSION = 1
@@ -43,7 +43,7 @@ _WITHIN = (
 )
 _VARIED = (
     *("name", "clients", "min_clients", "seed"),
-    *("strategy", "shadows", "personal", "deterministic"),
+    *("strategy", "shadows", "personal", "placement", "deterministic"),
 )
 
 
@@ -192,7 +192,9 @@ class Cell:
             "reach": self.method.reach,
             "personal": self.method.personal,
             "attack": None if self.attack.kind == "none" else self.attack.model_dump(mode="json"),
-            "config": self.config.model_dump(mode="json", exclude={"name", "personal"}),
+            "config": self.config.model_dump(
+                mode="json", exclude={"name", "personal", "placement"}
+            ),
             "split": self.split,
         }
         if self.method.placement != _USUAL:
@@ -312,6 +314,7 @@ class Plan(Grid):
             "strategy": method.strategy,
             "shadows": method.shadows,
             "personal": method.personal or "none",
+            "placement": method.placement,
             "training": {**_section(run, "training"), **method.training},
             "adapter": {**_section(run, "adapter"), "rank": rank, "modalities": adapters},
             "data": {**_section(run, "data"), "source": task, "partition": partition},
@@ -323,8 +326,7 @@ class Plan(Grid):
             told = f"method {method.label}, {partition}, {clients} clients, rank {rank}"
             found = replace(refused, field=f"run.{refused.field}", got=f"{refused.got} ({told})")
             raise ValueError(str(found)) from None
-        problem = misplaced(method.placement, method.personal, config)
-        if problem or (problem := _unfit(method, attack, config)):
+        if problem := _unfit(method, attack, config):
             raise ValueError(str(problem))
         return Cell(method, attack, config, self.split)
 
