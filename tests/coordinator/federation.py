@@ -81,7 +81,7 @@ def work(
 ) -> tuple[Tensors, Tensors]:
     """What a client of this rank sends for a round, by the strategy: with SCAFFOLD what was handed
     out takes part in its training, and with FLoRA it starts from nothing."""
-    start = cut(base, rank)
+    start = cut(base, rank) if config.adapter.ranks else base
     if config.strategy.name == "flora":
         start = {name: np.zeros_like(t) for name, t in drawn(_OF, rank, HIDDEN, [0]).items()}
     adapter, fisher = step(start, client, number)

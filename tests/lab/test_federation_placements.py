@@ -113,9 +113,8 @@ def test_a_question_is_answered_with_what_was_tuned(
         assert "gemm_4bit" not in done.stderr
 
 
+@pytest.mark.parametrize("run", ["lora"], indirect=True)
 def test_a_question_to_lora_needs_the_llm(federation: Federation, run: str, picture: Path) -> None:
-    if run != "lora":
-        pytest.skip("another placement")
     done = command(federation, "ask", "What digit is this?", "--image", str(picture), "--run", run)
     assert done.returncode != 0
     assert "--llm-half: expected the LLM half, as the run trained LoRA" in done.stderr
