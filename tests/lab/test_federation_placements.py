@@ -11,7 +11,7 @@ from fednano.client.digits import load_split
 from fednano.lab.experiment.cell import Bench, Solo
 from fednano.lab.experiment.plan import Attack, Cell, Method
 from fednano.lab.experiment.results import Figures
-from fednano.lab.federation import Federation
+from fednano.lab.federation import TINY_MODEL, Federation
 from fednano.lab.processes import FEDNANO
 from fednano.wire.run_config import RunConfig
 
@@ -128,3 +128,10 @@ def test_a_client_without_the_llm_is_told_what_lora_takes(federation: Federation
         log = federation.directory / "client-3.log"
         wait_for(lambda: "--llm-half DIR" in log.read_text(), "the reason", 60)
         assert api.get("runs/unfit").json()["members"] == []
+
+
+def test_what_was_tuned_is_exported(federation: Federation, run: str, tmp_path: Path) -> None:
+    where = ["--model", str(TINY_MODEL), "--out", str(tmp_path)]
+    done = command(federation, "export", "--run", run, "--round", "2", *where)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "adapter_model.safetensors").is_file()

@@ -23,9 +23,11 @@ from fednano.lab.experiment.cell import Bench, Solo
 from fednano.lab.experiment.plan import Cell, Plan
 from fednano.lab.experiment.results import Figures
 from fednano.lab.federation import TINY_MODEL
+from fednano.models.checkpoint import Origin
+from fednano.models.export_weights import export_connector, export_lora
 from fednano.models.split import split
 from fednano.wire.errors import InvalidRequest
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from tests.client.test_parity import stock_losses
@@ -34,6 +36,7 @@ from tests.tiny import picture
 SHORT = {"max_new_tokens": 1}
 SMALL = {"rounds": 2, "data": {"limit": 24, "evaluation_limit": 1}, "evaluation": SHORT}
 TINIEST = {"rounds": 1, "data": {"limit": 5, "evaluation_limit": 1}, "evaluation": SHORT}
+ORIGIN = Origin("test", 3, "f" * 64)
 PROJECTIONS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
 
 
@@ -139,6 +142,57 @@ def test_the_loras_gradient_is_that_of_peft_on_the_stock_model(
     (sums / crossed.token_counts).mean().backward()
     torch.testing.assert_close(crossed.loss_sums, sums.detach(), rtol=1e-4, atol=1e-5)
     check_gradients(placement.lora, whole)
+
+
+@pytest.mark.parametrize("where", ["connector", "lora"])
+def test_exported_it_is_the_same_in_the_stock_model(
+    bench: Bench,
+    stock: LlavaForConditionalGeneration,
+    examples: list[Example],
+    where: str,
+    tmp_path: Path,
+) -> None:
+    config = cell_of(at(where)).config
+    placement, tensors = bench.placed(config), moved(bench.first(config))
+    found = placement.evaluate(tensors, examples, 1).loss
+    named = {name: torch.tensor(tensor) for name, tensor in tensors.items()}
+    if where == "lora":
+        export_lora(TINY_MODEL, named, config.adapter.scale, tmp_path, ORIGIN)
+    else:
+        export_connector(TINY_MODEL, named, tmp_path, ORIGIN)
+    loaded = PeftModel.from_pretrained(stock, str(tmp_path)).eval()
+    with torch.no_grad():
+        sums = stock_losses(loaded, bench.trainer.edge, examples)
+    counts = torch.tensor([bench.trainer.edge.prepare(e).labels.ne(-100).sum() for e in examples])
+    assert found == pytest.approx(float((sums / counts).mean()), rel=1e-4)
+    assert f"round {ORIGIN.round}" in (tmp_path / "README.md").read_text()
+
+
+def test_a_connector_that_is_no_chain_of_linear_layers_is_not_exported(tmp_path: Path) -> None:
+    with pytest.raises(
+        InvalidRequest, match=r"adapter connector.norm.weight: expected weights and"
+    ):
+        export_connector(TINY_MODEL, {"connector.norm.weight": torch.ones(8)}, tmp_path, ORIGIN)
+
+
+def test_a_batch_without_images_leaves_the_connector_as_it_is(
+    bench: Bench, examples: list[Example]
+) -> None:
+    placement = bench.placed(cell_of(at("connector")).config)
+    assert isinstance(placement, ConnectorPlacement)
+    placement.edge.connector.zero_grad()
+    placement.edge.connector.requires_grad_(True).train()
+    placement.cross(examples[2:]).backward()
+    placement.edge.connector.requires_grad_(False).eval()
+    assert all(parameter.grad is None for parameter in placement.edge.parameters.values())
+
+
+def test_tensors_of_something_else_are_refused(bench: Bench) -> None:
+    first = {p: bench.first(cell_of(at(p)).config) for p in ("connector", "lora")}
+    for placement, other in (("connector", "lora"), ("lora", "connector")):
+        placed = bench.placed(cell_of(at(placement)).config)
+        with pytest.raises(InvalidRequest, match=r"adapter connector.linear_1.bias: expected"):
+            placed.evaluate(first[other], [], 1)
 
 
 @pytest.mark.parametrize("placement", ["connector", "lora"])

@@ -140,9 +140,8 @@ def copied(parameters: Parameters) -> Tensors:
     return {name: p.detach().cpu().numpy().copy() for name, p in parameters.items()}
 
 
-@torch.no_grad()
-def put(parameters: Parameters, tensors: Tensors) -> None:
-    """`tensors` in the place of what the parameters hold. Raises InvalidRequest for others."""
+def check_fit(parameters: Parameters, tensors: Tensors) -> None:
+    """Raises InvalidRequest for tensors of other names or shapes."""
     wanted = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if wanted != found:
@@ -150,5 +149,11 @@ def put(parameters: Parameters, tensors: Tensors) -> None:
         name = next(name for name in places if wanted.get(name) != found.get(name))
         expected, got = (held.get(name, "nothing") for held in (wanted, found))
         raise InvalidRequest.of(f"adapter {name}", expected, got)
+
+
+@torch.no_grad()
+def put(parameters: Parameters, tensors: Tensors) -> None:
+    """`tensors` in the place of what the parameters hold. Raises InvalidRequest for others."""
+    check_fit(parameters, tensors)
     for name, parameter in parameters.items():
         parameter.copy_(torch.tensor(tensors[name]))

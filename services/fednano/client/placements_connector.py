@@ -20,7 +20,7 @@ from fednano.client.datasets import Dataset
 from fednano.client.edge import EdgeHalf, NanoEdge
 from fednano.client.examples import Example
 from fednano.client.methods import LocalRound
-from fednano.client.placements import copied, put, trained, unheard
+from fednano.client.placements import check_fit, copied, put, trained, unheard
 from fednano.client.trainer import EvaluationResult, Progress, Trainer, TrainResult
 from fednano.client.wires import Crossed, DenseWire
 from fednano.models.language_model import LanguageModel, Modality, Sampling
@@ -47,9 +47,8 @@ class ConnectorEdge(EdgeHalf):
     def change(self, tensors: Tensors) -> None:
         """The checkpoint's connector and these differences. Raises InvalidRequest where they are
         no connector's, or another one's."""
-        first = {name: self._first[name] for name in tensors if name in self._first}
-        fits = all(held.shape == tensors[name].shape for name, held in first.items())
-        put(self.parameters, {n: first[n] + t for n, t in tensors.items()} if fits else tensors)
+        check_fit(self.parameters, tensors)
+        put(self.parameters, {name: self._first[name] + tensors[name] for name in tensors})
 
     def changed(self) -> Tensors:
         """By how much each weight differs from the checkpoint's."""

@@ -7,7 +7,6 @@ loss and generation are the same; nothing but the LoRA's weights has a gradient.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from fednano.models.checkpoint import read_record
 from fednano.models.frozen import FrozenLLM
 from fednano.models.language_model import Sampling
 from fednano.models.padding import Padding
+from fednano.models.peft_files import quiet_peft
 from fednano.wire.errors import InvalidRequest
 from fednano.wire.low_rank import DOWN, UP
 from fednano.wire.placements import LORA
@@ -110,7 +110,7 @@ class LoraPlacement:
 def _inject(model: Any, rank: int, scale: float) -> None:
     """PEFT scales by lora_alpha / r. With lora_alpha = s r that is s for every rank, as it is for
     NanoAdapters. PEFT takes seconds to import, and few clients need it."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that nobody asked for
+    quiet_peft()
     from peft import LoraConfig, inject_adapter_in_model
 
     alpha: Any = scale * rank  # PEFT says int and divides

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from fednano.models.checkpoint import Origin, fingerprint
 from fednano.wire.errors import Conflict, Problem, WrongModel
+from fednano.wire.placements import placement_of
 
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 
@@ -62,18 +63,13 @@ def _show(report: dict[str, dict[str, Any]], out: Path) -> None:
 
 
 def load_adapter(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """LowRank adapters by modality, and the metadata, of a file as REST serves it."""
+    """The tensors, fp32, and the metadata of a file as REST serves it."""
     import torch
     from safetensors import safe_open
 
-    from fednano.models.language_model import LowRank
-
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name).to(torch.float32) for name in file.keys()}  # noqa: SIM118
-    scale = float(metadata["scale"])
-    names = sorted({name.partition(".")[0] for name in tensors})
-    return {n: LowRank(tensors[f"{n}.down"], tensors[f"{n}.up"], scale) for n in names}, metadata
+        return {n: file.get_tensor(n).to(torch.float32) for n in file.keys()}, metadata  # noqa: SIM118
 
 
 def export_command(
@@ -132,9 +128,19 @@ def _check_model(found: str, record: dict[str, Any]) -> None:
 
 def _export(body: bytes, model: Path, out: Path, origin: Origin) -> None:
     from fednano.models.export import export_peft
+    from fednano.models.export_weights import export_connector, export_lora
+    from fednano.models.language_model import LowRank
 
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "adapter.safetensors"
         path.write_bytes(body)
-        adapters, _ = load_adapter(path)
-    export_peft(model, adapters, out, origin)
+        tensors, metadata = load_adapter(path)
+    scale, where = float(metadata["scale"]), placement_of(tensors)
+    if where == "lora":
+        export_lora(model, tensors, scale, out, origin)
+    elif where == "connector":
+        export_connector(model, tensors, out, origin)
+    else:
+        names = sorted({name.partition(".")[0] for name in tensors})
+        pairs = {n: LowRank(tensors[f"{n}.down"], tensors[f"{n}.up"], scale) for n in names}
+        export_peft(model, pairs, out, origin)
