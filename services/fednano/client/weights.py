@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from safetensors import safe_open
@@ -21,7 +22,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 def trainable(edge: Path, llm: Path | None = None) -> Shapes:
     """The connector's and, of a client that has the LLM half too, the layers' that get a LoRA.
 
-    Raises InvalidRequest where `llm` is no LLM half, another model's, or has no such layers.
+    Raises InvalidRequest where `llm` is no LLM half, another model's, or has no such layers, and where
+    there is no PEFT to train them.
     """
     found = dict(_shapes(edge))
     connector = [name for name in sorted(found) if name.startswith(f"{MODULE}.")]
@@ -31,6 +33,8 @@ def trainable(edge: Path, llm: Path | None = None) -> Shapes:
 
 def _layers(edge: Path, llm: Path) -> Shapes:
     """In the model's order, which the coordinator draws by."""
+    if find_spec("peft") is None:
+        raise InvalidRequest.of("--llm-half", "PEFT, which the extra export brings", "none")
     record, own = read_record(llm, "llm"), read_record(edge, "edge")
     if record.fingerprint != own.fingerprint:
         expected = f"the LLM of {edge} (fingerprint {own.fingerprint})"
