@@ -1,16 +1,20 @@
 """A slow link on one machine: a TCP relay with a rate and a delay in each direction.
 
 It runs as a process of its own. Bytes leave one after the other at the rate and arrive half a round
-trip later. Both ends are loopback, so TCP's own slow start is not part of it; HTTP/2's windows are.
+trip later. It listens at the far end of a cable that has the rate, then its own is infinite, or on
+loopback. TCP's slow start over the round trip is not part of it; HTTP/2's windows are.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from fednano.lab.bench.cable import Cable, listening
 
 _AHEAD = 0.01
 """Seconds of bytes that the link's own buffer takes; then the sender waits."""
@@ -32,7 +36,7 @@ class Direction:
         under_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
         delivering = asyncio.create_task(_deliver(under_way, target))
         clock = asyncio.get_running_loop().time
-        most = max(1024, min(_MOST, int(self.rate * _TICK)))
+        most = int(max(1024, min(_MOST, self.rate * _TICK)))
         with suppress(ConnectionError):
             while piece := await source.read(most):
                 self.free_at = max(clock(), self.free_at) + len(piece) / self.rate
@@ -83,16 +87,18 @@ class Link:
             writer.close()
 
 
-async def serve(port: int, rate: float, delay: float, ready: Path) -> None:
-    """Writes the port that it listens on into `ready`, at once and whole."""
+async def serve(port: int, rate: float, delay: float, ready: Path, at: Cable | None = None) -> None:
+    """Writes the host:port that it listens on into `ready`, at once and whole."""
     link = Link(port, Direction(rate, delay), Direction(rate, delay))
-    server = await asyncio.start_server(link.connected, "127.0.0.1", 0)
+    own = listening(at) if at is not None else socket.create_server(("127.0.0.1", 0))
+    server = await asyncio.start_server(link.connected, sock=own)
     unfinished = ready.with_suffix(".part")
-    unfinished.write_text(str(server.sockets[0].getsockname()[1]))
+    unfinished.write_text(":".join(map(str, own.getsockname())))
     unfinished.replace(ready)
     await server.serve_forever()
 
 
 if __name__ == "__main__":
-    _port, _rate, _delay, _ready = sys.argv[1:]
-    asyncio.run(serve(int(_port), float(_rate), float(_delay), Path(_ready)))
+    _port, _rate, _delay, _ready, *_cable = sys.argv[1:]
+    _at = Cable(*_cable) if _cable else None
+    asyncio.run(serve(int(_port), float(_rate), float(_delay), Path(_ready), _at))

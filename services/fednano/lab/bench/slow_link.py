@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from math import inf
 from statistics import median
 
 from fednano.client.edge import EdgeHalf
@@ -14,6 +15,7 @@ from fednano.client.examples import Example
 from fednano.client.factored import FactoredLanguageModel
 from fednano.client.remote import RemoteLanguageModel
 from fednano.client.trainer import Trainer
+from fednano.lab.bench.cable import NoCable, cable
 from fednano.lab.bench.checkpoints import Model, hundred, tiny
 from fednano.lab.bench.rows import Reach, Row, Surroundings
 from fednano.lab.bench.served import (
@@ -48,6 +50,7 @@ class Side:
     trainer: Trainer
     examples: list[Example]
     batch: int
+    link: str  # what makes it
     seconds: list[float] = field(default_factory=list)  # a step
     bytes: list[tuple[float, float]] = field(default_factory=list)  # a step, sent and received
 
@@ -76,7 +79,8 @@ def measure(around: Surroundings) -> Iterator[Row]:
     with serve(around, size.model) as service, ExitStack() as stack:
         sides: dict[tuple[str, int], Side] = {}
         for rate in (_LOOPBACK, *_RATES):
-            far = service if rate == _LOOPBACK else stack.enter_context(link(around, service, rate))
+            near = Far(service, "loopback")
+            far = near if rate == _LOOPBACK else stack.enter_context(link(around, service, rate))
             for wire in _WIRES:
                 sides[wire, rate] = _side(stack, far, size, wire, f"{wire}-{rate}")
         around.say("first steps, with uploads")
@@ -96,28 +100,51 @@ def _size(around: Surroundings) -> Size:
     return Size(hundred(around.directory), batch=4, steps=1, turns=6)
 
 
+@dataclass(frozen=True)
+class Far:
+    """The same service behind a link, and what makes the link."""
+
+    service: Service
+    made_by: str
+
+
 @contextmanager
-def link(around: Surroundings, service: Service, rate: int) -> Iterator[Service]:
-    """The same service behind a link of `rate` Mbit/s."""
-    name, ready = f"link-{rate}", around.directory / f"link-{rate}.port"
-    port = service.address.rpartition(":")[2]
-    bytes_per_second, delay = str(rate * 1e6 / 8), str(_ROUND_TRIP / 2)
-    command = [sys.executable, "-m", "fednano.lab.bench.relay", port, bytes_per_second, delay]
-    around.processes.start(name, [*command, str(ready)])
+def link(around: Surroundings, service: Service, rate: int) -> Iterator[Far]:
+    """One of `rate` Mbit/s: a cable with that rate and a relay for the delay, or, where there can be no
+    cable, a relay for both."""
+    made_by, own_rate, end = "tc tbf, delay by a TCP relay", inf, list[str]()
+    with ExitStack() as stack:
+        try:
+            laid = stack.enter_context(cable(_RATES.index(rate), rate))
+            end = [laid.namespace, laid.host]
+        except NoCable as why:
+            around.say(f"rate and delay of {rate} Mbit/s by a TCP relay: {why}")
+            made_by, own_rate = "a TCP relay", rate * 1e6 / 8
+        address = stack.enter_context(_relay(around, service, f"link-{rate}", own_rate, end))
+        yield Far(replace(service, address=address), made_by)
+
+
+@contextmanager
+def _relay(
+    around: Surroundings, service: Service, name: str, rate: float, end: Sequence[str]
+) -> Iterator[str]:
+    """The address of one in front of the service, `rate` in bytes/s."""
+    ready, port = around.directory / f"{name}.address", service.address.rpartition(":")[2]
+    command = [sys.executable, "-m", "fednano.lab.bench.relay", port, str(rate)]
+    around.processes.start(name, [*command, str(_ROUND_TRIP / 2), str(ready), *end])
     around.processes.wait_until(ready.exists, f"the start of {name}")
     try:
-        yield replace(service, address=f"127.0.0.1:{ready.read_text()}")
+        yield ready.read_text()
     finally:
         around.processes.kill(name)
 
 
-def _side(stack: ExitStack, service: Service, size: Size, wire: str, client: str) -> Side:
-    remote = stack.enter_context(service.caller(client))
+def _side(stack: ExitStack, far: Far, size: Size, wire: str, client: str) -> Side:
+    remote = stack.enter_context(far.service.caller(client))
     factored = FactoredLanguageModel(remote) if wire == "factored" else None
     trainer = Trainer(EdgeHalf(size.model.halves / "edge", remote), remote, factored)
-    return Side(
-        remote, trainer, make_examples(size.batch * size.steps, size.model.side), size.batch
-    )
+    examples = make_examples(size.batch * size.steps, size.model.side)
+    return Side(remote, trainer, examples, size.batch, far.made_by)
 
 
 def _row(size: Size, sides: dict[tuple[str, int], Side], wire: str, rate: int) -> Row:
@@ -137,7 +164,7 @@ def _row(size: Size, sides: dict[tuple[str, int], Side], wire: str, rate: int) -
             "rank": RANK,
             "dtype": "fp32",
             "wire": f"{wire} fp32",
-            "link": f"{rate} Mbit/s each way, {_ROUND_TRIP * 1000:.0f} ms round trip, by a TCP relay",
+            "link": f"{rate} Mbit/s each way, {_ROUND_TRIP * 1000:.0f} ms round trip, by {side.link}",
             "threads": "1 each",
         },
         {
