@@ -195,6 +195,16 @@ def test_tensors_of_something_else_are_refused(bench: Bench) -> None:
             placed.evaluate(first[other], [], 1)
 
 
+def test_other_placements_need_no_layers_for_lora(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fednano.client.weights.PROJECTIONS", ("none_of_these",))
+    for placement in ("nano-adapters", "connector"):
+        assert bench.first(cell_of(at(placement)).config)
+    with pytest.raises(InvalidRequest, match="--llm-half: expected an LLM with none_of_these"):
+        bench.first(cell_of(at("lora")).config)
+
+
 @pytest.mark.parametrize("placement", ["connector", "lora"])
 def test_before_any_training_the_model_is_the_checkpoint(bench: Bench, placement: str) -> None:
     run = {"data": {"limit": 24}}

@@ -68,17 +68,14 @@ class Bench:
         if config.placement == "connector":
             return ConnectorPlacement(self._connector, self.llm, config.training.loss)
         if config.placement == "lora":
-            half, edge, frozen = (
-                self.halves / "llm",
-                self.trainer.edge,
-                config.strategy.name == "ffa",
-            )
-            return LoraPlacement.load(half, rank, scale, lambda llm: edge, frozen)
+            frozen, half = config.strategy.name == "ffa", self.halves / "llm"
+            return LoraPlacement.load(half, rank, scale, lambda llm: self.trainer.edge, frozen)
         return NanoPlacement(self.trainer, scale)
 
     def first(self, config: RunConfig) -> Tensors:
         """The run's adapter before any training."""
-        weights = trainable(self.halves / "edge", self.halves / "llm")
+        inside = self.halves / "llm" if config.placement == "lora" else None
+        weights = trainable(self.halves / "edge", inside)
         chosen = trained_by(config.placement, weights)
         return first_adapter(config, self.llm.hidden_size, chosen)
 
