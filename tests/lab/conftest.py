@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import safetensors.numpy
 from fednano.lab.federation import Federation
-from fednano.lab.processes import Processes
+from fednano.lab.processes import FEDNANO, Processes
 from fednano.wire.run_config import RunConfig
 
 
@@ -68,3 +69,15 @@ def environment(federation: Federation) -> dict[str, str]:
         "FEDNANO_CLIENT_TOKEN_FILE": str(Path(federation.directory) / "client-1.token"),
         "FEDNANO_CLIENT_EDGE": str(federation.halves / "edge"),
     }
+
+
+def typed(federation: Federation, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A `fednano` command, as a person would type it."""
+    return subprocess.run(
+        [*FEDNANO, *arguments],
+        env=environment(federation),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,12 +15,11 @@ from fednano.client.settings import ClientSettings
 from fednano.lab.experiment.cell import Bench, Solo
 from fednano.lab.experiment.plan import Attack, Cell, Method
 from fednano.lab.federation import TINY_MODEL, Federation
-from fednano.lab.processes import FEDNANO
 from peft import PeftModel
 from pydantic import SecretStr
 from transformers import AutoModelForImageTextToText
 
-from tests.lab.conftest import adapter_of, environment, small_run, state_of, wait_for
+from tests.lab.conftest import adapter_of, small_run, state_of, typed, wait_for
 
 pytestmark = pytest.mark.timeout(400)
 MEMBERS = ("client-1", "client-2", "evaluator")
@@ -45,14 +43,7 @@ def wait_for_end(federation: Federation, run: str) -> None:
 
 def command(federation: Federation, *arguments: str) -> str:
     """What a `fednano` command prints; it must succeed."""
-    done = subprocess.run(
-        [*FEDNANO, *arguments],
-        env=environment(federation),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = typed(federation, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -197,14 +188,8 @@ def test_client_check_says_what_would_leave(
 def test_client_check_names_what_is_wrong(federation: Federation, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.token"
     wrong.write_text("fn_wrong")
-    done = subprocess.run(
-        [*FEDNANO, "client", "check", "--token-file", str(wrong), "--data", "gone.jsonl"],
-        env=environment(federation),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    told = ("--token-file", str(wrong), "--data", "gone.jsonl")
+    done = typed(federation, "client", "check", *told)
     assert done.returncode == 1
     assert "bad data: gone.jsonl" in done.stdout
     assert "bad coordinator, token, TLS: a valid bearer token is required" in done.stdout

@@ -3,7 +3,6 @@ them afterwards."""
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,9 @@ from fednano.lab.experiment.cell import Bench, Solo
 from fednano.lab.experiment.plan import Attack, Cell, Method
 from fednano.lab.experiment.results import Figures
 from fednano.lab.federation import TINY_MODEL, Federation
-from fednano.lab.processes import FEDNANO
 from fednano.wire.run_config import RunConfig
 
-from tests.lab.conftest import environment, small_run, state_of, wait_for
+from tests.lab.conftest import small_run, state_of, typed, wait_for
 
 pytestmark = pytest.mark.timeout(400)
 PLACEMENTS = ("connector", "lora")
@@ -59,17 +57,6 @@ def picture(tmp_path: Path) -> Path:
     return path
 
 
-def command(federation: Federation, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*FEDNANO, *arguments],
-        env=environment(federation),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 def experiment(federation: Federation, placement: str, name: str) -> Figures:
     """What the same run comes to in one process."""
     method = Method.model_validate({"name": name, "placement": placement})
@@ -106,7 +93,7 @@ def test_a_question_is_answered_with_what_was_tuned(
     kept = ["--personal", "--id", "client-1", "--cache-dir", str(caches / "client-1")]
     whole = ["--llm-half", str(federation.halves / "llm")] if run == "lora" else []
     for which in (["--round", "2"], kept):
-        done = command(federation, *asked, *which, *whole)
+        done = typed(federation, *asked, *which, *whole)
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
         assert "bitsandbytes" not in done.stderr
@@ -115,7 +102,7 @@ def test_a_question_is_answered_with_what_was_tuned(
 
 @pytest.mark.parametrize("run", ["lora"], indirect=True)
 def test_a_question_to_lora_needs_the_llm(federation: Federation, run: str, picture: Path) -> None:
-    done = command(federation, "ask", "What digit is this?", "--image", str(picture), "--run", run)
+    done = typed(federation, "ask", "What digit is this?", "--image", str(picture), "--run", run)
     assert done.returncode != 0
     assert "--llm-half: expected the LLM half, as the run trained LoRA" in done.stderr
 
@@ -132,6 +119,6 @@ def test_a_client_without_the_llm_is_told_what_lora_takes(federation: Federation
 
 def test_what_was_tuned_is_exported(federation: Federation, run: str, tmp_path: Path) -> None:
     where = ["--model", str(TINY_MODEL), "--out", str(tmp_path)]
-    done = command(federation, "export", "--run", run, "--round", "2", *where)
+    done = typed(federation, "export", "--run", run, "--round", "2", *where)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "adapter_model.safetensors").is_file()

@@ -13,7 +13,7 @@ import torch
 from structlog.contextvars import bound_contextvars
 
 from fednano.client.meter import Kind, Meter
-from fednano.client.replicas import Replica, Replicas
+from fednano.client.replicas import SERVICE, Replica, Replicas
 from fednano.client.retries import retried
 from fednano.wire import codec, llm_pb2, torch_codec
 from fednano.wire.channels import calling
@@ -23,7 +23,6 @@ from fednano.wire.tensor_pb2 import Header, TensorSpec
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_SERVICE = f"/{llm_pb2.DESCRIPTOR.services_by_name['LanguageModel'].full_name}"
 _REPLY_LIMIT = 1 << 34
 _CHUNK_KINDS: dict[str, tuple[Kind, Kind]] = {  # of chunks sent and received
     "ForwardBackward": ("embeddings", "gradients"),
@@ -70,8 +69,8 @@ class Calls:
     @contextmanager
     def calling(self, rpc: str, header: Header) -> Iterator[dict[str, Any]]:
         """Around one try: the options of the stub's method."""
-        with calling(f"{_SERVICE}/{rpc}", header, self.caller.token()) as metadata:
-            self.meter.call(_SERVICE, metadata)
+        with calling(f"{SERVICE}/{rpc}", header, self.caller.token()) as metadata:
+            self.meter.call(SERVICE, metadata)
             yield {"metadata": metadata, "timeout": self.call_seconds}
 
     def sent(self, message: Any) -> None:

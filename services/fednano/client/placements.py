@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -35,17 +35,22 @@ def unheard(share: float) -> None:
     """Progress that nobody is told of."""
 
 
-class Placement(Protocol):
+class Placement(ABC):
     """Trains, scores and asks one kind of weights; tensors are what travels between clients."""
 
     @property
+    @abstractmethod
     def edge(self) -> EdgeHalf:
         """Keeps of each example what no training changes."""
-        ...
 
+    @abstractmethod
     def train(
         self, local: LocalRound, data: Dataset, progress: Progress = unheard
     ) -> TrainResult: ...
+
+    @abstractmethod
+    def asked(self, tensors: Tensors) -> tuple[Trainer, NanoAdapters]:
+        """Who answers with these tensors, and the NanoAdapters among them."""
 
     def evaluate(
         self,
@@ -55,20 +60,23 @@ class Placement(Protocol):
         progress: Progress = unheard,
     ) -> EvaluationResult:
         """`longest` is the tokens that an answer may have."""
-        ...
+        trainer, adapters = self.asked(tensors)
+        return trainer.evaluate(adapters, examples, longest, progress=progress)
 
     def stream(
         self, tensors: Tensors, examples: Sequence[Example], sampling: Sampling
     ) -> Iterator[tuple[int, int]]:
         """(sample, token) as the LLM produces them."""
-        ...
+        trainer, adapters = self.asked(tensors)
+        return trainer.stream(adapters, examples, sampling)
 
+    @abstractmethod
     def forget(self) -> None:
         """The run is over: what a service keeps for it may go."""
 
 
 @dataclass(frozen=True)
-class NanoPlacement:
+class NanoPlacement(Placement):
     """NanoAdapters between the halves."""
 
     trainer: Trainer
@@ -81,21 +89,8 @@ class NanoPlacement:
     def train(self, local: LocalRound, data: Dataset, progress: Progress = unheard) -> TrainResult:
         return local.train(self.trainer, data, progress)
 
-    def evaluate(
-        self,
-        tensors: Tensors,
-        examples: Sequence[Example],
-        longest: int,
-        progress: Progress = unheard,
-    ) -> EvaluationResult:
-        adapters = NanoAdapters.from_tensors(tensors, self.scale)
-        return self.trainer.evaluate(adapters, examples, longest, progress=progress)
-
-    def stream(
-        self, tensors: Tensors, examples: Sequence[Example], sampling: Sampling
-    ) -> Iterator[tuple[int, int]]:
-        adapters = NanoAdapters.from_tensors(tensors, self.scale)
-        return self.trainer.stream(adapters, examples, sampling)
+    def asked(self, tensors: Tensors) -> tuple[Trainer, NanoAdapters]:
+        return self.trainer, NanoAdapters.from_tensors(tensors, self.scale)
 
     def forget(self) -> None:
         if self.trainer.factored is not None:
@@ -112,7 +107,8 @@ def trained(
     """The trainer's local epochs for other weights than NanoAdapters: the same examples in the same
     order, the same step of the optimiser. `cross` takes a batch through the model."""
     start, settings, losses = time.perf_counter(), local.training, list[float]()
-    learning = _learning([p for p in parameters.values() if p.requires_grad], local)
+    mu = local.config.strategy.mu or 0.0
+    learning = Learning.begin(parameters.values(), settings, mu)
     for number in range(settings.epochs):
         examples = data.epoch(local.config.seed, local.number, number, local.name)
         for first in range(0, len(examples), settings.batch_size):
@@ -125,15 +121,6 @@ def trained(
                 losses += mean_losses(crossed)
     seconds = time.perf_counter() - start
     return TrainResult(copied(parameters), {}, len(losses), mean(losses), seconds)
-
-
-def _learning(parameters: list[torch.nn.Parameter], local: LocalRound) -> Learning:
-    settings, mu = local.training, local.config.strategy.mu or 0.0
-    optimizer = torch.optim.AdamW(
-        parameters, settings.learning_rate, weight_decay=settings.weight_decay
-    )
-    origin = [parameter.detach().clone() for parameter in parameters] if mu else []
-    return Learning(optimizer, parameters, origin, mu, None, settings.max_grad_norm)
 
 
 def copied(parameters: Parameters) -> Tensors:

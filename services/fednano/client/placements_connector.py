@@ -6,7 +6,7 @@ from it into its connector. What travels is by how much each weight differs from
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,10 +20,10 @@ from fednano.client.datasets import Dataset
 from fednano.client.edge import EdgeHalf, NanoEdge
 from fednano.client.examples import Example
 from fednano.client.methods import LocalRound
-from fednano.client.placements import check_fit, copied, put, trained, unheard
-from fednano.client.trainer import EvaluationResult, Progress, Trainer, TrainResult
+from fednano.client.placements import Placement, check_fit, copied, put, trained, unheard
+from fednano.client.trainer import Progress, Trainer, TrainResult
 from fednano.client.wires import Crossed, DenseWire
-from fednano.models.language_model import LanguageModel, Modality, Sampling
+from fednano.models.language_model import LanguageModel, Modality
 from fednano.models.llava import CONNECTOR
 from fednano.wire import placements
 
@@ -84,27 +84,31 @@ class ConnectorEdge(EdgeHalf):
 
 
 @dataclass(frozen=True)
-class ConnectorPlacement:
+class ConnectorPlacement(Placement):
     """Full fine-tuning of the connector: all its weights and biases."""
 
-    edge: ConnectorEdge
+    half: ConnectorEdge
     llm: LanguageModel
     loss: str = "server"
 
+    @property
+    def edge(self) -> ConnectorEdge:
+        return self.half
+
     def train(self, local: LocalRound, data: Dataset, progress: Progress = unheard) -> TrainResult:
-        self.edge.change(local.base)
-        self.edge.connector.requires_grad_(True).train()
+        self.half.change(local.base)
+        self.half.connector.requires_grad_(True).train()
         try:
-            found = trained(self.edge.parameters, self.cross, local, data, progress)
+            found = trained(self.half.parameters, self.cross, local, data, progress)
         finally:
-            self.edge.connector.requires_grad_(False).eval()
-        return replace(found, adapter=self.edge.changed())
+            self.half.connector.requires_grad_(False).eval()
+        return replace(found, adapter=self.half.changed())
 
     def cross(self, examples: Sequence[Example]) -> Crossed:
         """A batch to the LLM and its gradient back. None is made ahead: each needs the connector as
         the step before left it."""
-        prepared = Batch.of([self.edge.prepare(example) for example in examples])
-        batch = self.edge.filled(prepared, examples)
+        prepared = Batch.of([self.half.prepare(example) for example in examples])
+        batch = self.half.filled(prepared, examples)
         weights = 1 / (batch.label_counts * len(batch))
         wire = DenseWire(self.llm, self.loss)
         crossed = wire.step(NanoEdge(NanoAdapters({})), batch, weights, None)
@@ -112,22 +116,9 @@ class ConnectorPlacement:
             return replace(crossed, backward=lambda: None)
         return crossed
 
-    def evaluate(
-        self,
-        tensors: Tensors,
-        examples: Sequence[Example],
-        longest: int,
-        progress: Progress = unheard,
-    ) -> EvaluationResult:
-        self.edge.change(tensors)
-        trainer = Trainer(self.edge, self.llm)
-        return trainer.evaluate(NanoAdapters({}), examples, longest, progress=progress)
-
-    def stream(
-        self, tensors: Tensors, examples: Sequence[Example], sampling: Sampling
-    ) -> Iterator[tuple[int, int]]:
-        self.edge.change(tensors)
-        return Trainer(self.edge, self.llm).stream(NanoAdapters({}), examples, sampling)
+    def asked(self, tensors: Tensors) -> tuple[Trainer, NanoAdapters]:
+        self.half.change(tensors)
+        return Trainer(self.half, self.llm), NanoAdapters({})
 
     def forget(self) -> None:
         """No service keeps anything."""

@@ -7,7 +7,7 @@ loss and generation are the same; nothing but the LoRA's weights has a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,12 @@ from fednano.client.datasets import Dataset
 from fednano.client.edge import EdgeHalf
 from fednano.client.examples import Example
 from fednano.client.methods import LocalRound
-from fednano.client.placements import Parameters, put, trained, unheard
-from fednano.client.trainer import EvaluationResult, Progress, Trainer, TrainResult
+from fednano.client.placements import Parameters, Placement, put, trained, unheard
+from fednano.client.trainer import Progress, Trainer, TrainResult
 from fednano.client.weights import PROJECTIONS
 from fednano.client.wires import Crossed
 from fednano.models.checkpoint import read_record
 from fednano.models.frozen import FrozenLLM
-from fednano.models.language_model import Sampling
 from fednano.models.padding import Padding
 from fednano.models.peft_files import quiet_peft
 from fednano.wire.errors import InvalidRequest
@@ -39,12 +38,16 @@ _PARTS = {".lora_A.default.weight": DOWN, ".lora_B.default.weight": UP}
 
 
 @dataclass(frozen=True)
-class LoraPlacement:
+class LoraPlacement(Placement):
     """A [r, in] as `lora.<layer>.down`, B [out, r] as `lora.<layer>.up`."""
 
-    edge: EdgeHalf
+    half: EdgeHalf
     llm: FrozenLLM
     lora: Parameters
+
+    @property
+    def edge(self) -> EdgeHalf:
+        return self.half
 
     @classmethod
     def load(
@@ -76,7 +79,7 @@ class LoraPlacement:
 
     def cross(self, examples: Sequence[Example]) -> Crossed:
         """A batch through the whole model; back into the LoRA and no further."""
-        batch = Batch.of([self.edge.prepare(example) for example in examples])
+        batch = Batch.of([self.half.prepare(example) for example in examples])
         sequences = batch.sequences(batch.base)
         predictions = Padding.of(sequences.lengths, batch.base.device).predictions(batch.labels)
         logits = self.llm.activate(sequences, predictions.positions).logits
@@ -86,22 +89,9 @@ class LoraPlacement:
         total = (sums / (counts * len(batch))).sum()
         return Crossed(sums.detach(), counts, lambda: total.backward(inputs=trainable))
 
-    def evaluate(
-        self,
-        tensors: Tensors,
-        examples: Sequence[Example],
-        longest: int,
-        progress: Progress = unheard,
-    ) -> EvaluationResult:
+    def asked(self, tensors: Tensors) -> tuple[Trainer, NanoAdapters]:
         put(self.lora, tensors)
-        trainer = Trainer(self.edge, self.llm)
-        return trainer.evaluate(NanoAdapters({}), examples, longest, progress=progress)
-
-    def stream(
-        self, tensors: Tensors, examples: Sequence[Example], sampling: Sampling
-    ) -> Iterator[tuple[int, int]]:
-        put(self.lora, tensors)
-        return Trainer(self.edge, self.llm).stream(NanoAdapters({}), examples, sampling)
+        return Trainer(self.half, self.llm), NanoAdapters({})
 
     def forget(self) -> None:
         """No service was asked."""

@@ -20,9 +20,7 @@ from fednano.wire.llm_pb2_grpc import LanguageModelStub
 
 log = logging.getLogger(__name__)
 
-_SERVICE = DESCRIPTOR.services_by_name["LanguageModel"]
-_STEP = f"/{_SERVICE.full_name}/ForwardBackward"
-
+SERVICE = f"/{DESCRIPTOR.services_by_name['LanguageModel'].full_name}"
 _RESOLVE_SECONDS = 5.0  # a new replica is found, and a name that fails asked for, so soon
 
 
@@ -104,7 +102,7 @@ class Replicas:
 
 def _replica(address: str, channel: grpc.Channel) -> Replica:
     step_in_one: Any = channel.unary_unary(
-        _STEP,
+        f"{SERVICE}/ForwardBackward",
         request_serializer=ForwardBackwardRequest.SerializeToString,
         response_deserializer=ForwardBackwardReply.FromString,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -89,18 +89,18 @@ class Learning:
     @classmethod
     def begin(
         cls,
-        adapters: NanoAdapters,
+        parameters: Iterable[torch.nn.Parameter],
         settings: TrainingConfig,
         mu: float = 0.0,
-        correction: Tensors | None = None,
+        correction: Correction | None = None,
     ) -> Learning:
-        trained = [parameter for parameter in adapters.parameters() if parameter.requires_grad]
+        """Of these parameters, those that are not frozen."""
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
             trained, settings.learning_rate, weight_decay=settings.weight_decay
         )
         origin = [parameter.detach().clone() for parameter in trained] if mu else []
-        corrected = Correction(adapters, correction) if correction is not None else None
-        return cls(optimizer, trained, origin, mu, corrected, settings.max_grad_norm)
+        return cls(optimizer, trained, origin, mu, correction, settings.max_grad_norm)
 
     def step(self, crossed: Crossed) -> None:
         """From the cut into the adapters, and a step of the optimiser."""
@@ -143,7 +143,8 @@ class Trainer:
         c - c_i, its gradients are SCAFFOLD's; a tensor that it lacks is 0.
         """
         start = time.perf_counter()
-        learning = Learning.begin(adapters, settings, mu, correction)
+        corrected = Correction(adapters, correction) if correction is not None else None
+        learning = Learning.begin(adapters.parameters(), settings, mu, corrected)
         nano, estimate = NanoEdge(adapters), FisherEstimate(adapters)
         wire = self._wire(settings.loss)
         passes = settings.epochs + (fisher == "extra-pass")

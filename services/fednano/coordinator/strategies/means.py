@@ -115,10 +115,13 @@ def _nothing(size: int) -> Doubles:
     return np.full(size, -0.0)
 
 
+def _empty(size: int, narrow: bool) -> Floats | Doubles:
+    return np.empty(size, np.float32) if narrow else np.empty(size, np.float64)
+
+
 def _scratch(size: int, narrow: bool) -> Floats | Doubles:
     """For a piece of a span."""
-    length = min(size, BLOCK)
-    return np.empty(length, np.float32) if narrow else np.empty(length, np.float64)
+    return _empty(min(size, BLOCK), narrow)
 
 
 class _Sum:
@@ -127,7 +130,7 @@ class _Sum:
     def __init__(self, size: int, count: int, narrow: bool) -> None:
         self._at_a_time = _GROUP if narrow else count
         self._total = _nothing(size)
-        self._group = np.empty(size, np.float32 if narrow else np.float64)
+        self._group = _empty(size, narrow)
         self._grouped = 0
 
     def add(self, at: slice, values: Floats | Doubles) -> None:

@@ -161,7 +161,7 @@ class Sides:
         def turn() -> float:
             adapters = new_adapters(engine.hidden_size, self.shape.rank).to(engine.device)
             nano = NanoEdge(adapters)
-            learning = Learning.begin(adapters, TrainingConfig(), mu=0.0)
+            learning = Learning.begin(adapters.parameters(), TrainingConfig(), mu=0.0)
             start = time.perf_counter()
             with engine.device:  # indices are made where the vectors lie
                 for _ in range(self.steps):

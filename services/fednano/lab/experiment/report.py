@@ -128,21 +128,18 @@ def _preamble(plan: Plan, results: Mapping[str, Result]) -> Iterator[str]:
 def _table(found: Found, title: str, shown: Callable[[Sequence[Result]], str]) -> Iterator[str]:
     """Methods by settings, or, where these are more, the other way round; nothing where there is
     nothing to show."""
-    methods = [
-        method
-        for method in found.methods
-        if any(shown(found.results[setting, method]) for setting in found.settings)
-    ]
-    if not methods:
+    rows = {m: [shown(found.results[s, m]) for s in found.settings] for m in found.methods}
+    rows = {method: row for method, row in rows.items() if any(row)}
+    if not rows:
         return
-    cells = [[shown(found.results[s, method]) for s in found.settings] for method in methods]
     names = [found.named(setting) for setting in found.settings]
     yield f"### {title}"
     yield ""
     if len(names) > len(found.methods):
-        yield from _rows([", ".join(found.axes), *methods], names, list(zip(*cells, strict=True)))
+        turned = list(zip(*rows.values(), strict=True))
+        yield from _rows([", ".join(found.axes), *rows], names, turned)
     else:
-        yield from _rows(["method", *names], methods, cells)
+        yield from _rows(["method", *names], list(rows), list(rows.values()))
     yield ""
 
 
