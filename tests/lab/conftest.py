@@ -16,7 +16,7 @@ from fednano.wire.run_config import RunConfig
 
 
 def small_run(name: str, **changes: object) -> RunConfig:
-    """Two clients, little data, equal bytes every time."""
+    """Two clients and an evaluator that is waited for, little data, equal bytes every time."""
     body = {
         "name": name,
         "clients": 2,
@@ -25,6 +25,7 @@ def small_run(name: str, **changes: object) -> RunConfig:
         "deterministic": True,
         "round_seconds": 120,
         "data": {"limit": 150, "evaluation_limit": 8},
+        "evaluation": {"evaluators": 1},
         **changes,
     }
     return RunConfig.model_validate(body)
