@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from fednano.client.remote import RemoteLanguageModel
 from fednano.lab.redis_server import free_port
 from fednano.llm.ranks import Follower, LeadingLLM, Order, Ranks
@@ -216,6 +217,20 @@ def test_terminated_ranks_finish_what_they_have_begun_and_end_well(model, single
         found = ids_of(iter([first, *answer]))
         assert (ranks.leader.wait(30), ranks.follower.wait(30)) == (0, 0)
     assert found == ids_of(single.generate(packed(single), sampling))
+
+
+def test_closing_ends_the_threads_that_carry_orders(tmp_path):
+    """One that still frees a tensor when Python ends would abort the process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/met", rank=0, world_size=1)
+    try:
+        before = psutil.Process().num_threads()
+        ranks = Ranks()
+        ranks.tell(Order("embed", (torch.tensor([1]),)))
+        assert psutil.Process().num_threads() > before
+        ranks.close()
+        assert psutil.Process().num_threads() == before
+    finally:
+        dist.destroy_process_group()
 
 
 def test_when_a_rank_is_killed_the_first_ends_within_seconds(model, tmp_path):

@@ -84,6 +84,12 @@ class Ranks:
         order: Order = told[0]
         return replace(order, given=tuple(_mapped(value, self._fill) for value in order.given))
 
+    def close(self) -> None:
+        """Ends the group and waits for its threads, which free the last order's tensors: one that
+        is at it while Python ends aborts the process."""
+        dist.destroy_process_group(self._group)
+        del self._group  # the last reference: what joins the threads is its end
+
     def _fill(self, blank: _Blank) -> torch.Tensor:
         tensor = torch.empty(blank.shape, dtype=blank.dtype)
         dist.broadcast(_bytes_of(tensor), src=0, group=self._group)
@@ -210,6 +216,7 @@ class LeadingLLM(FrozenLLM):
             pass
         if self.lost is not None:
             raise FedNanoError(f"a rank of this service was lost: {self.lost}")
+        self._ranks.close()
         dist.destroy_process_group()
 
     def _forget_with(self, made: object, number: int) -> None:
@@ -275,6 +282,7 @@ def follow(engine: FrozenLLM) -> None:
             raise FedNanoError(f"rank {rank} of this service can't go on: {error}") from error
         if order.verb == "end":
             break
+    ranks.close()
     dist.destroy_process_group()
     log.info("llm rank stopped", extra={"rank": rank})
 
