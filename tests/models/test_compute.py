@@ -104,7 +104,7 @@ def step(tokens):
     return engine.step(sequences, torch.arange(tokens) % 64, torch.ones(1)).gradient
 step(8)
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (size + (150 << 20), resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (size + (300 << 20), resource.RLIM_INFINITY))
 engine.recompute("off")
 try:
     step(2000)
