@@ -85,9 +85,9 @@ class Ranks:
         return replace(order, given=tuple(_mapped(value, self._fill) for value in order.given))
 
     def close(self) -> None:
-        """Ends the group and waits for its threads, which free the last order's tensors: one that
-        is at it while Python ends aborts the process."""
-        dist.destroy_process_group(self._group)
+        """Ends every group and waits for the threads of ours, which free the last order's tensors:
+        one that is at it while Python ends aborts the process."""
+        dist.destroy_process_group()
         del self._group  # the last reference: what joins the threads is its end
 
     def _fill(self, blank: _Blank) -> torch.Tensor:
@@ -217,7 +217,6 @@ class LeadingLLM(FrozenLLM):
         if self.lost is not None:
             raise FedNanoError(f"a rank of this service was lost: {self.lost}")
         self._ranks.close()
-        dist.destroy_process_group()
 
     def _forget_with(self, made: object, number: int) -> None:
         """Time, room or use may end it, here alone: the others follow."""
@@ -283,7 +282,6 @@ def follow(engine: FrozenLLM) -> None:
         if order.verb == "end":
             break
     ranks.close()
-    dist.destroy_process_group()
     log.info("llm rank stopped", extra={"rank": rank})
 
 
