@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -35,8 +34,6 @@ from fednano.coordinator.strategies import (
     initial_adapter,
     strategy_of,
 )
-from fednano.lab.processes import Processes
-from fednano.lab.redis_server import redis_binary
 from fednano.wire.errors import InvalidRequest, Unavailable
 from fednano.wire.run_config import StrategyConfig, StrategyName
 from hypothesis import given, settings
@@ -274,21 +271,6 @@ async def test_what_redis_holds_merges_to_the_same_bytes(
     with store.updates.reading(*PLACE, accepted) as readable:
         merged = await asyncio.to_thread(strategy.aggregate, readable, block)
     assert same_bytes(merged, in_one_piece(strategy, updates))
-
-
-async def test_a_redis_behind_a_unix_socket_is_read_likewise(tmp_path: Path) -> None:
-    path = tmp_path / "redis.sock"
-    with Processes(tmp_path) as processes:
-        command = [redis_binary(), "--port", "0", "--unixsocket", str(path), "--save", ""]
-        processes.start("redis", [*command, "--dir", str(tmp_path)])
-        processes.wait_until(path.exists, "the start of Redis")
-        store = Store.connect(f"unix://{path}")
-        updates = drawn_updates(2)
-        accepted = await stored(store, updates)
-        with store.updates.reading(*PLACE, accepted) as readable:
-            merged = await asyncio.to_thread(FedAvg().aggregate, readable)
-        await store.close()
-    assert same_bytes(merged, in_one_piece(FedAvg(), updates))
 
 
 async def test_a_mean_that_was_not_kept_is_computed(store: Store) -> None:

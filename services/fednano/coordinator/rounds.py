@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 _LOOK = 60.0  # nothing to wait for but a ring of the bell
 _SOON = 0.2
 _RACES = 10  # in a row; with more of them it is no hurry that helps
-READ_BLOCK = 1 << 18  # elements of an update read at a time: 1 MiB, and as much of its Fisher
 
 
 @dataclass(frozen=True)
@@ -370,7 +369,7 @@ def merged(
     """What each makes of the same updates, which are in Redis. Raises Unavailable."""
     with updates:
         return [
-            strategy.advance(state, updates, READ_BLOCK)
+            strategy.advance(state, updates)
             for strategy, state in zip(strategies, before, strict=True)
         ]
 

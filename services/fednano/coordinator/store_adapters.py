@@ -17,12 +17,12 @@ from fednano.coordinator import keys
 from fednano.coordinator.database import Commit, Database, Raced
 from fednano.coordinator.fields import StoredRun
 from fednano.coordinator.records import StoredAdapter, Tensors
+from fednano.coordinator.store_ranges import ByteRange
 from fednano.coordinator.strategies import Span, State
 from fednano.wire.errors import NotFound
 
 _DIGITS = set("0123456789abcdef")
 _HELD = 3  # in memory: what is trained from, what goes with it, and one that is asked for
-ByteRange = tuple[int, int]  # the first byte, and the one after the last
 
 
 def pack_tensors(tensors: Tensors) -> tuple[list[list[Any]], bytes]:

@@ -11,15 +11,13 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
-import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from fednano.coordinator import keys
-from fednano.coordinator.database import ANSWER_SECONDS, Database
+from fednano.coordinator.database import Database
 from fednano.coordinator.records import LedgerRow, LedgerTotals, Tensors
-from fednano.coordinator.store_adapters import ByteRange, Places, pack_tensors
+from fednano.coordinator.store_adapters import Places, pack_tensors
 from fednano.coordinator.store_members import Spent
+from fednano.coordinator.store_ranges import ByteRange, Bytes, RangeReader
 from fednano.coordinator.strategies import Floats, Span, mean_of
 from fednano.wire.errors import InvalidRequest, SessionEnded, Unavailable
 
@@ -204,15 +202,15 @@ class StoredUpdates:
     """A frozen round's updates, by client id in order: a context manager within which threads may
     read them in ranges.
 
-    They come over blocking connections of their own: several times faster than through the event
-    loop, which serves clients meanwhile.
+    They come over blocking connections of their own, and not through the event loop, which serves
+    clients meanwhile.
     """
 
     def __init__(
         self, database: Database, accepted: dict[str, UpdateMeta], names: dict[str, str]
     ) -> None:
         self._db = database
-        self._redis = _blocking(database.redis)
+        self._reader = RangeReader(database.redis)
         self._stopped = threading.Event()
         self._updates = [
             StoredUpdate(client, meta, names[client], self.fetch)
@@ -228,7 +226,7 @@ class StoredUpdates:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._redis.close()
+        self._reader.close()
 
     def __iter__(self) -> Iterator[StoredUpdate]:
         return iter(self._updates)
@@ -237,15 +235,12 @@ class StoredUpdates:
         """Whoever still reads gets Unavailable: nobody waits for the result any more."""
         self._stopped.set()
 
-    def fetch(self, update: StoredUpdate, ranges: Sequence[ByteRange]) -> list[bytes]:
+    def fetch(self, update: StoredUpdate, ranges: Sequence[ByteRange]) -> list[Bytes]:
         """Those bytes of it. Raises Unavailable, or InvalidRequest for one that is gone."""
         if self._stopped.is_set():
             raise Unavailable("the merge was given up")
         with self._db.translated():
-            pipe = self._redis.pipeline(transaction=False)
-            for start, stop in ranges:
-                pipe.getrange(update.key, start, stop - 1)
-            found: list[bytes] = pipe.execute()
+            found = self._reader.read(update.key, ranges)
         if [len(data) for data in found] != [stop - start for start, stop in ranges]:
             raise InvalidRequest(f"the update of {update.client!r} for this round has expired")
         return found
@@ -259,7 +254,7 @@ class StoredUpdate:
         client: str,
         meta: UpdateMeta,
         key: str,
-        fetch: Callable[[StoredUpdate, Sequence[ByteRange]], list[bytes]],
+        fetch: Callable[[StoredUpdate, Sequence[ByteRange]], list[Bytes]],
     ) -> None:
         self.client = client
         self.samples = meta.samples
@@ -289,24 +284,6 @@ class StoredUpdate:
             np.frombuffer(found[index], "<f4", span.stop - span.start, offset)
             for span, (index, offset) in zip(spans, inside, strict=True)
         ]
-
-
-_ADDRESS = ("host", "port", "path", "db", "username", "password", "socket_connect_timeout")
-_BLOCKING: dict[str, Any] = {
-    kind.__name__: kind
-    for kind in (redis.Connection, redis.SSLConnection, redis.UnixDomainSocketConnection)
-}
-
-
-def _blocking(served: redis.asyncio.Redis) -> redis.Redis:
-    """A blocking client of the same server, that gives up as early as the other one."""
-    pool = served.connection_pool
-    known: dict[str, Any] = pool.connection_kwargs
-    given = {name: known[name] for name in known if name in _ADDRESS or name.startswith("ssl_")}
-    given |= {"protocol": 2, "socket_timeout": ANSWER_SECONDS}
-    given["retry"] = Retry(NoBackoff(), 0)  # the leader tries again, and tells
-    kind = _BLOCKING[pool.connection_class.__name__]
-    return redis.Redis.from_pool(redis.ConnectionPool(connection_class=kind, **given))
 
 
 def packed_update(tensors: Tensors, meta: UpdateMeta) -> tuple[UpdateMeta, bytes]:

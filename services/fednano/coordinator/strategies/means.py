@@ -7,7 +7,7 @@ order, so that the bytes don't depend on who came first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -104,44 +104,27 @@ def _merged(
     return in_blocks(shapes, block, merge)
 
 
-def _pieces(size: int) -> Iterator[slice]:
-    """Of a span, that fit into a core's cache."""
-    for start in range(0, size, BLOCK):
-        yield slice(start, min(size, start + BLOCK))
-
-
-def _nothing(size: int) -> Doubles:
-    """What anything may be added to without a change; 0.0 would make 0.0 of -0.0."""
-    return np.full(size, -0.0)
-
-
 def _empty(size: int, narrow: bool) -> Floats | Doubles:
     return np.empty(size, np.float32) if narrow else np.empty(size, np.float64)
-
-
-def _scratch(size: int, narrow: bool) -> Floats | Doubles:
-    """For a piece of a span."""
-    return _empty(min(size, BLOCK), narrow)
 
 
 class _Sum:
     """Of so many arrays, in float64; `narrow` adds up a group of them in float32 before."""
 
     def __init__(self, size: int, count: int, narrow: bool) -> None:
+        # What anything may be added to without a change; 0.0 would make 0.0 of -0.0.
+        self._total: Doubles = np.full(size, -0.0)
+        self._group, self._next = _empty(size, narrow), _empty(size, narrow)
         self._at_a_time = _GROUP if narrow else count
-        self._total = _nothing(size)
-        self._group = _empty(size, narrow)
         self._grouped = 0
 
-    def add(self, at: slice, values: Floats | Doubles) -> None:
-        """A piece of the next array."""
-        if self._grouped:
-            np.add(self._group[at], values, out=self._group[at])
-        else:
-            self._group[at] = values
+    def room(self) -> Floats | Doubles:
+        """Where the next array is to be put, to be `added`."""
+        return self._next if self._grouped else self._group
 
     def added(self) -> None:
-        """All pieces of an array."""
+        if self._grouped:
+            np.add(self._group, self._next, out=self._group)
         self._grouped += 1
         if self._grouped == self._at_a_time:
             self._settle()
@@ -160,17 +143,12 @@ class _Mean:
     """sum n_k theta_k, of so many updates."""
 
     def __init__(self, size: int, updates: int) -> None:
-        many = updates >= _MANY
-        self._sum = _Sum(size, updates, many)
-        self._scratch = _scratch(size, many)
+        self._sum = _Sum(size, updates, updates >= _MANY)
 
     def add(self, update: Readable, name: str, *values: Floats) -> None:
         (theta,) = values
-        samples = self._scratch.dtype.type(update.samples)
-        for at in _pieces(len(theta)):
-            product = self._scratch[: at.stop - at.start]
-            np.multiply(theta[at], samples, out=product)
-            self._sum.add(at, product)
+        room = self._sum.room()
+        np.multiply(theta, update.samples, out=room, dtype=room.dtype)
         self._sum.added()
 
     def result(self, samples: int) -> Floats:
@@ -189,21 +167,15 @@ class _FisherMean:
         self._weighted, self._weights = (_Sum(size, updates, many) for _ in range(2))
         # With damping no weight is 0, so nobody will ask for the plain mean.
         self._plain = None if how.damping else _Mean(size, updates)
-        self._weight, self._product = _scratch(size, many), _scratch(size, many)
 
     def add(self, update: Readable, name: str, *values: Floats) -> None:
         theta, fisher = values
-        mean = update.mean(FISHER + name) if self._how.scaled else 1.0
-        for at in _pieces(len(theta)):
-            length = at.stop - at.start
-            weight, product = self._weight[:length], self._product[:length]
-            self._weigh(fisher[at], mean, weight)
-            weight *= update.samples
-            np.multiply(weight, theta[at], out=product)
-            self._weighted.add(at, product)
-            self._weights.add(at, weight)
-        self._weighted.added()
+        weight = self._weights.room()
+        self._weigh(fisher, update.mean(FISHER + name) if self._how.scaled else 1.0, weight)
+        weight *= update.samples
+        np.multiply(weight, theta, out=self._weighted.room())
         self._weights.added()
+        self._weighted.added()
         if self._plain is not None:
             self._plain.add(update, name, theta)
 

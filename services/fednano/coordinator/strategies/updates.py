@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fednano.coordinator.records import Tensors
 
-BLOCK = 1 << 16  # elements; its sums stay in a cache while all updates are added to them
+BLOCK = 1 << 18  # elements of an update read at a time: 1 MiB, and as much of its Fisher
 _THREADS = 4  # at most: the coordinator has others to serve
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]

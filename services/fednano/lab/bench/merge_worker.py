@@ -19,10 +19,10 @@ import redis
 
 from fednano.coordinator.database import Database
 from fednano.coordinator.records import Tensors
-from fednano.coordinator.rounds import READ_BLOCK, advanced
+from fednano.coordinator.rounds import advanced
 from fednano.coordinator.store_adapters import Places, pack_tensors, unpack_tensors
 from fednano.coordinator.store_updates import StoredUpdates, UpdateMeta, packed_update
-from fednano.coordinator.strategies import FISHER, FedAvg, FisherMerging, State, Update
+from fednano.coordinator.strategies import BLOCK, FISHER, FedAvg, FisherMerging, State, Update
 from fednano.lab.bench.peak import peak_bytes
 
 REDIS_URL = "FEDNANO_BENCH_REDIS_URL"  # by environment, as it holds the password
@@ -139,9 +139,9 @@ def _read(job: Job, server: redis.Redis) -> None:
     """The ranges that merging reads, one after the other, and nothing else."""
     metas = json.loads((Path(job.folder) / "metas.json").read_text())
     size = sum(int(np.prod(shape)) for shape in Places(metas[0]["layout"]).shapes.values())
-    for start in range(0, 4 * size, 4 * READ_BLOCK):
+    for start in range(0, 4 * size, 4 * BLOCK):
         for index in range(job.updates):
-            server.getrange(_key(index % job.distinct), start, start + 4 * READ_BLOCK - 1)
+            server.getrange(_key(index % job.distinct), start, start + 4 * BLOCK - 1)
 
 
 def _key(index: int) -> str:
