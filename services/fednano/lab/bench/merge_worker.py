@@ -21,6 +21,7 @@ from fednano.coordinator.database import Database
 from fednano.coordinator.records import Tensors
 from fednano.coordinator.rounds import advanced
 from fednano.coordinator.store_adapters import Places, pack_tensors, unpack_tensors
+from fednano.coordinator.store_ranges import RangeReader
 from fednano.coordinator.store_updates import StoredUpdates, UpdateMeta, packed_update
 from fednano.coordinator.strategies import BLOCK, FISHER, FedAvg, FisherMerging, State, Update
 from fednano.lab.bench.peak import peak_bytes
@@ -107,7 +108,7 @@ def _fisher(job: Job) -> dict[str, float]:
         for _ in range(job.repeats):
             got.append(_fastest(lambda: _get(job, server), 1)[0])
             merged.append(_fastest(lambda: _merge(job), 1)[0])
-            read.append(_fastest(lambda: _read(job, server), 1)[0])
+            read.append(_fastest(lambda: _read(job), 1)[0])
     return {"get": min(got), "ranges": min(read), "merge": min(merged)}
 
 
@@ -135,13 +136,15 @@ def _get(job: Job, server: redis.Redis) -> None:
         server.get(_key(index % job.distinct))
 
 
-def _read(job: Job, server: redis.Redis) -> None:
+def _read(job: Job) -> None:
     """The ranges that merging reads, one after the other, and nothing else."""
     metas = json.loads((Path(job.folder) / "metas.json").read_text())
-    size = sum(int(np.prod(shape)) for shape in Places(metas[0]["layout"]).shapes.values())
-    for start in range(0, 4 * size, 4 * BLOCK):
+    size = 4 * sum(int(np.prod(shape)) for shape in Places(metas[0]["layout"]).shapes.values())
+    reader = RangeReader(Database(os.environ[REDIS_URL], time.time).redis)
+    for start in range(0, size, 4 * BLOCK):
         for index in range(job.updates):
-            server.getrange(_key(index % job.distinct), start, start + 4 * BLOCK - 1)
+            reader.read(_key(index % job.distinct), [(start, min(size, start + 4 * BLOCK))])
+    reader.close()
 
 
 def _key(index: int) -> str:
