@@ -33,7 +33,7 @@ class Size:
 
 
 def sizes(quick: bool) -> tuple[Size, ...]:
-    small = Size(tiny, batch=16, steps=8, turns=3 if quick else 9, reach=1.15)
+    small = Size(tiny, batch=16, steps=8, turns=3 if quick else 25, reach=1.15)
     if quick:
         return (small,)
     return (small, Size(hundred, batch=4, steps=2, turns=5, reach=1.10))
