@@ -27,7 +27,9 @@ print(sorted(round_of_blocks() for _ in range(21))[10])
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives blocks back at once")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="only glibc gives blocks back at once"
+)
 def test_memory_that_was_freed_is_had_again_without_page_faults() -> None:
     """Eight blocks of 391 KiB are some 780 pages."""
     assert page_faults("as it is") > 500

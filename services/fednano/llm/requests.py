@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -65,12 +66,12 @@ class Layout:
 
     segments: tuple[tuple[Segment, ...], ...]
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Tokens of each sample."""
         return [sum(s.length for s in sample) for sample in self.segments]
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         return sum(self.lengths)
 
@@ -120,7 +121,8 @@ def layout(message: llm_pb2.Embeddings, limits: Limits) -> Layout:
         _segments(f"embeddings.samples[{i}]", sample, limits)
         for i, sample in enumerate(message.samples)
     )
-    lengths = [sum(s.length for s in sample) for sample in segments]
+    found = Layout(segments)
+    lengths = found.lengths
     padded = max(lengths) * len(lengths)
     if padded > limits.tokens_per_request:
         raise InvalidRequest.of(
@@ -128,7 +130,7 @@ def layout(message: llm_pb2.Embeddings, limits: Limits) -> Layout:
             f"at most {limits.tokens_per_request} tokens with all samples padded to the longest",
             f"{len(lengths)} samples of up to {max(lengths)} tokens",
         )
-    return Layout(segments)
+    return found
 
 
 def _check_form(message: llm_pb2.Embeddings) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -156,7 +157,7 @@ class FrozenLLM:
         """As people are told: the dtype, and what its weights were quantised to, as bfloat16+nf4."""
         return quantised(str(self.dtype).removeprefix("torch."), quantisation(self._fingerprint))
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         """Where inputs go and logits come from."""
         return home(self._model)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -41,8 +42,9 @@ class Sequences:
     values: torch.Tensor  # [tokens, hidden]
     segments: tuple[tuple[Segment, ...], ...]  # by sample; they cover it without gap or overlap
 
-    @property
+    @cached_property
     def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sample."""
         return tuple(sum(s.length for s in sample) for sample in self.segments)
 
 
