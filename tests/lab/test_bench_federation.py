@@ -17,7 +17,7 @@ from fednano.client.datasets import DigitsShard, digits_test
 from fednano.lab.bench import federation
 from fednano.lab.bench.federation import Compared, Job, lora_reached
 from fednano.lab.bench.federation_data import write_examples
-from fednano.lab.bench.federation_ours import Reached, first_reaching, peak_bytes
+from fednano.lab.bench.federation_ours import Reached, Wire, first_reaching, peak_bytes
 from fednano.lab.bench.rows import BenchFailed
 from fednano.lab.cli import FLOWER_VENV
 from fednano.wire.run_config import RunConfig
@@ -80,7 +80,8 @@ def test_rows_compare_bytes_with_and_without_the_download() -> None:
     job = Job.of(small(), 0.5, Path("nowhere"))
     ours = Reached(2, [0.1, 0.2, 0.6], 1.0, 6.0, 2.0, sent=300.0, received=100.0, peak=50)
     lora = Reached(1, [0.1, 0.5], 1.0, 3.0, 2.0, sent=100.0, received=100.0, peak=100)
-    rows = list(Compared(job, small(), "factored", ours, lora, {}, edge=1000).rows())
+    sparing = Wire("factored", "int8")
+    rows = list(Compared(job, small(), sparing, ours, lora, {}, edge=1000).rows())
     whole = sum(
         path.stat().st_size
         for path in Path(job.model).iterdir()
@@ -89,7 +90,7 @@ def test_rows_compare_bytes_with_and_without_the_download() -> None:
     assert whole > 3_000_000
     assert [row.figure for row in rows] == [2.0, 1400 / (whole + 200), 0.5, 2.0]
     assert [row.met for row in rows] == [False, True, True, None]
-    dense = Compared(job, small(), "dense", ours, lora, {}, edge=1000).rows()
+    dense = Compared(job, small(), Wire("dense", "fp32"), ours, lora, {}, edge=1000).rows()
     assert all(row.reach is None for row in dense)
 
 

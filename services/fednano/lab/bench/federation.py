@@ -10,18 +10,18 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal
+from typing import Any
 
 from fednano.lab.bench.aggregate import flower_python
 from fednano.lab.bench.federation_data import write_examples
-from fednano.lab.bench.federation_ours import Reached, federate, first_reaching
+from fednano.lab.bench.federation_ours import Reached, Wire, federate, first_reaching
 from fednano.lab.bench.rows import BenchFailed, Reach, Row, Surroundings
 from fednano.lab.federation import TINY_MODEL, Federation
 from fednano.lab.processes import ProcessFailed
 from fednano.wire.run_config import RunConfig
 
 _FLOWER_SIDE = Path(__file__).with_name("flower_federation.py")  # not to be imported here
-_WIRES: tuple[Literal["dense", "factored"], ...] = ("dense", "factored")
+_WIRES = (Wire("dense", "fp32"), Wire("factored", "fp32"), Wire("factored", "int8"))
 _TARGET, _QUICK_TARGET = 0.85, 0.75  # the model has 0.735 before any training
 _BESIDE_FLOWER = ("torch", "transformers", "peft", "pillow")
 _DESCRIPTIONS = ("README.md", "figures.json")  # in the checkpoint's folder, needed by nobody
@@ -71,7 +71,7 @@ class Job:
 
 
 def measure(around: Surroundings) -> Iterator[Row]:
-    """Both wires of ours, then Flower's side, each until its test accuracy reaches the target."""
+    """Each wire of ours, then Flower's side, each until its test accuracy reaches the target."""
     config, target = _config(around.quick), _QUICK_TARGET if around.quick else _TARGET
     python = lora_python(around)
     federation = Federation(around.directory, around.processes)
@@ -113,7 +113,7 @@ class Compared:
 
     job: Job
     config: RunConfig
-    wire: str
+    wire: Wire
     ours: Reached
     lora: Reached
     told: Mapping[str, str | int]  # of Flower's side: versions, trained parameters
@@ -121,7 +121,7 @@ class Compared:
 
     def rows(self) -> Iterator[Row]:
         """The reaches are held against the wire that is meant to spare the link."""
-        ahead = Reach("at most", 1.0) if self.wire == "factored" else None
+        ahead = Reach("at most", 1.0) if self.wire == _WIRES[-1] else None
         ours, lora = self.ours, self.lora
         yield self._bytes("each round's traffic", 0, 0, ahead)
         yield self._bytes("with what it needs to start", self.edge, _whole(), ahead)
@@ -183,7 +183,7 @@ class Compared:
             "local epochs": job.epochs,
             "seed": job.seed,
             "dtype": "fp32",
-            "wire": f"{self.wire} fp32, loopback",
+            "wire": f"{self.wire}, loopback; LoRA's records fp32",
             "ours": f"{config.strategy.name}, rank {config.adapter.rank}, learning rate "
             f"{config.training.learning_rate:g}",
             "LoRA": f"FedAvg, rank {job.rank} on q, k, v, o of the LLM, alpha {job.alpha}, "

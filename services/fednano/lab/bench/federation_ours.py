@@ -22,6 +22,22 @@ _POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
+class Wire:
+    """How embeddings and gradients travel."""
+
+    form: Literal["dense", "factored"]
+    dtype: Literal["fp32", "int8"]
+
+    def __str__(self) -> str:
+        return f"{self.form} {self.dtype}"
+
+    @property
+    def name(self) -> str:
+        """Of a run, and in its clients' names."""
+        return f"{self.form}-{self.dtype}"
+
+
+@dataclass(frozen=True)
 class Reached:
     """Until the first round at whose end the target was reached. Bytes are a client's, on average."""
 
@@ -45,16 +61,15 @@ def first_reaching(target: float, accuracy: Sequence[float], whose: str) -> int:
     raise BenchFailed(f"{whose}: {target:g} was not reached, the best round had {best:.3f}")
 
 
-def federate(
-    federation: Federation, config: RunConfig, wire: Literal["dense", "factored"], target: float
-) -> Reached:
+def federate(federation: Federation, config: RunConfig, wire: Wire, target: float) -> Reached:
     """A run with clients of its own, which are ended afterwards."""
-    training = config.training.model_copy(update={"wire": wire})
-    config = config.model_copy(update={"name": f"{config.name}-{wire}", "training": training})
-    begun, clients = time.time(), [f"{wire}-{number + 1}" for number in range(config.clients)]
+    crossing = {"wire": wire.form, "wire_dtype": wire.dtype}
+    training = config.training.model_copy(update=crossing)
+    config = config.model_copy(update={"name": f"{config.name}-{wire.name}", "training": training})
+    begun, clients = time.time(), [f"{wire.name}-{number + 1}" for number in range(config.clients)]
     federation.create_run(config)
     # No run is named to them: they stay when theirs has ended, so that their memory can be read.
-    federation.start_client(f"{wire}-evaluator", "", "evaluator")
+    federation.start_client(f"{wire.name}-evaluator", "", "evaluator")
     for name in clients:
         federation.start_client(name, "")
     with federation.rest() as api:
@@ -63,7 +78,7 @@ def federate(
         if _state(api, config.name) not in _ENDED:
             api.post(f"runs/{config.name}/stop").raise_for_status()
         rows = api.get(f"runs/{config.name}/ledger").raise_for_status().json()["items"]
-    for name in (*clients, f"{wire}-evaluator"):
+    for name in (*clients, f"{wire.name}-evaluator"):
         federation.processes.kill(name)
     accuracy = [each["metrics"]["accuracy"] for each in rounds]
     number = first_reaching(target, accuracy, f"{wire} wire")
