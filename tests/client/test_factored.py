@@ -25,6 +25,7 @@ from fednano.client.meter import Direction, Kind, Meter
 from fednano.client.remote import RemoteLanguageModel
 from fednano.client.trainer import Trainer
 from fednano.client.wires import Crossed, DenseWire, FactoredWire, Wire
+from fednano.models.activations import Activations
 from fednano.models.factored import base_digest
 from fednano.models.frozen import FrozenLLM
 from fednano.models.language_model import Sampling
@@ -92,6 +93,42 @@ def test_loss_gradients_and_fisher_are_those_of_the_dense_wire(
     found = step(FactoredWire(FactoredLanguageModel(llm)), adapters, batch)
     assert_close(found, step(DenseWire(llm), adapters, batch))
     assert len(found.gradients) == 4
+
+
+def test_a_loss_of_the_clients_own_gives_the_same(
+    llm: RemoteLanguageModel, adapters: NanoAdapters, batch: Batch
+) -> None:
+    meter = llm.calls.meter
+    wire = FactoredWire(FactoredLanguageModel(llm), loss="client")
+    step(wire, adapters, batch)
+    meter.take()
+    found = step(wire, adapters, batch)
+    costs = meter.take()
+    assert_close(found, step(DenseWire(llm), adapters, batch))
+    tokens, hidden = batch.base.shape
+    assert costs.sent_bytes["embeddings"] == (tokens + 2 * hidden) * 4 * 4  # once: U and two W
+    assert costs.received_bytes["gradients"] == (tokens + 4 * hidden) * 4 * 4
+
+
+def test_an_activation_that_is_gone_is_computed_again_from_the_bases(
+    halves: Path, adapters: NanoAdapters, batch: Batch
+) -> None:
+    forgetful = Activations("here", tokens=1 << 16, seconds=0)
+    engine = FrozenLLM.load(halves / "llm", "cpu", "fp32", activations=forgetful)
+    with served(engine) as service, remote(service.port) as llm:
+        found = step(FactoredWire(FactoredLanguageModel(llm), loss="client"), adapters, batch)
+        assert_close(found, step(DenseWire(llm), adapters, batch))
+
+
+def test_portions_of_a_loss_of_the_clients_own_are_added_up(
+    frozen: FrozenLLM, adapters: NanoAdapters, batch: Batch
+) -> None:
+    service = Served(frozen, samples_per_request=2)
+    with remote(service.port) as llm:
+        assert llm.card.limits.samples_per_request == 2 < len(batch)
+        found = step(FactoredWire(FactoredLanguageModel(llm), loss="client"), adapters, batch)
+        assert_close(found, step(DenseWire(llm), adapters, batch))
+    service.stop()
 
 
 def test_ranks_that_differ_are_filled_up(llm: RemoteLanguageModel, batch: Batch) -> None:

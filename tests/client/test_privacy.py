@@ -40,7 +40,7 @@ def test_text_tokens_are_read_by_nearest_neighbours(edge: EdgeHalf, frozen: Froz
 def test_client_side_loss_gives_every_label_away(edge: EdgeHalf, frozen: FrozenLLM) -> None:
     batch, sent = seen_by_the_server(edge)
     sequences = batch.sequences(sent)
-    positions = predicting_positions(sequences, batch.labels)
+    positions = predicting_positions(batch.lengths, batch.labels)
     logits = frozen.forward(sequences, positions, keep=False).logits.clone().requires_grad_()
     labels = batch.labels[batch.labels != IGNORED]
     cross_entropy(logits, labels).backward()

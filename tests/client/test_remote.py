@@ -99,7 +99,7 @@ def test_a_lost_activation_is_computed_again(
 ) -> None:
     sequences, positions = (
         batch.sequences(hidden),
-        predicting_positions(batch.sequences(hidden), batch.labels),
+        predicting_positions(batch.lengths, batch.labels),
     )
     first = llm.forward(sequences, positions)
     gradient = torch.randn(first.logits.shape)
@@ -285,7 +285,7 @@ def test_replicas_take_turns_and_backward_goes_home(
     second = Served(other, first.port, host="127.0.0.2")
     monkeypatch.setattr("fednano.client.replicas.socket.getaddrinfo", two_addresses)
     sequences = batch.sequences(hidden)
-    positions = predicting_positions(sequences, batch.labels)
+    positions = predicting_positions(batch.lengths, batch.labels)
     with remote(first.port) as llm:
         replies = [llm.forward(sequences, positions) for _ in range(4)]
         kept = {"127.0.0.1": frozen.activations, "127.0.0.2": other.activations}

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import pytest
 from fednano.coordinator.cohorts import evaluation_seconds
-from fednano.wire.run_config import RunConfig, StrategyConfig, StrategyName, TrainingConfig
+from fednano.wire.run_config import RunConfig, StrategyConfig, StrategyName
 from pydantic import ValidationError
 
 DIGITS = "at most 134 for data.source digits (1077 training images, at least 8 each), got 135"
@@ -61,12 +61,6 @@ def test_the_built_in_task_has_images_for_so_many_clients() -> None:
     assert scenes in refusal(clients=126, data={"source": "scenes"})
     own = RunConfig.model_validate({"name": "trial", "clients": 135, "data": {"source": "own"}})
     assert own.clients == 135
-
-
-def test_the_factored_wire_needs_the_loss_on_the_service() -> None:
-    TrainingConfig(wire="factored")
-    with pytest.raises(ValidationError, match=r"training\.wire: expected dense where"):
-        TrainingConfig(wire="factored", loss="client")
 
 
 def strategy(**values: Any) -> StrategyConfig:

@@ -21,12 +21,11 @@ from fednano.wire.errors import (
     NotFound,
     PermissionDenied,
     UnknownBase,
-    Unsupported,
 )
 from fednano.wire.interceptors import bearer
 from fednano.wire.tensor_pb2 import FP32
 
-from tests.llm.caller import Caller, chunks, written
+from tests.llm.caller import Caller, chunks, tensor_of, written
 from tests.llm.conftest import serving
 from tests.llm.test_metrics import key, read
 from tests.models.causal import HIDDEN, LENGTHS, packed, several_labels
@@ -384,14 +383,17 @@ async def test_a_bad_upload_is_named(llm, engine, messages, says):
     assert says in str(error)
 
 
-async def test_losses_of_the_client_stay_with_the_dense_form(llm, engine):
-    factored = sent(engine)
+async def test_logits_are_those_of_the_dense_form(llm, engine):
+    factored, positions = sent(engine), torch.tensor([1, 4])
     await upload(llm, uploads(llm, factored))
     head = llm_pb2.ForwardHead(
         header=llm.header(),
         embeddings=embeddings(llm, factored),
-        positions=codec.encode(several_labels()[:1].abs().numpy()),
+        positions=codec.encode(positions.numpy()),
     )
-    error = await llm.failure("Forward", [llm_pb2.ForwardRequest(head=head)])
-    assert isinstance(error, Unsupported)
-    assert "send the dense form" in str(error)
+    body = [torch_codec.pack(part, FP32) for part in (factored.left, *factored.right.values())]
+    messages = [llm_pb2.ForwardRequest(chunk=bytes(part)) for part in body]
+    first, *rest = await llm.stream("Forward", [llm_pb2.ForwardRequest(head=head), *messages])
+    found = tensor_of(first.result.logits, rest)
+    wanted = engine.forward(factored.dense(), positions, keep=False).logits
+    torch.testing.assert_close(found, wanted)

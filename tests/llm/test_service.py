@@ -161,6 +161,16 @@ async def test_an_activation_that_is_gone_is_computed_again_from_embeddings(llm,
     assert torch.equal(tensor_of(replies[0].gradient.dense.values, replies[1:]), expected)
 
 
+async def test_a_fisher_part_belongs_to_the_factored_form(llm, engine):
+    sequences, positions = packed(engine), torch.tensor([3, 9, 20])
+    above = torch.randn(3, VOCABULARY)
+    request = backward_request(llm.header(), "elsewhere/1", above, sequences, positions)
+    request[0].head.want_fisher = True
+    error = await llm.failure("Backward", request)
+    assert isinstance(error, Unsupported)
+    assert "want_fisher belongs to the factored form" in error.detail
+
+
 async def test_an_activation_that_nobody_comes_back_for_is_freed(start):
     kept = Activations("here", tokens=1000, seconds=0.1)
     engine = FrozenLLM(build(), "mark", activations=kept)

@@ -12,13 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import zip_longest
 from typing import TypeVar
 
 import torch
 
-from fednano.client.messages import low_rank_size, samples_of
+from fednano.client.losses import LogitsLoss, client_side_step, predicting_positions
+from fednano.client.messages import Sent, low_rank_size, samples_of
 from fednano.client.portions import Portion, cut, joined
-from fednano.client.remote import RemoteLanguageModel, Sent, losses
+from fednano.client.remote import RemoteLanguageModel, losses
 from fednano.client.replicas import Replica
 from fednano.models.factored import Factored, FactoredGradient, base_digest
 from fednano.models.language_model import (
@@ -111,6 +113,45 @@ class FactoredLanguageModel:
 
         return self._either(by_factors, densely)
 
+    def client_side_step(
+        self,
+        sent: Factored,
+        labels: torch.Tensor,
+        weights: torch.Tensor,
+        want_fisher: bool = False,
+        digests: Sequence[bytes] = (),
+    ) -> FactoredStep:
+        """The same as `step`, with the loss computed here: in two round trips for each portion."""
+        lengths, passes = sent.lengths, self._remote.passes
+
+        def back(portion: Sent) -> tuple[LogitsLoss, FactoredGradient]:
+            tokens, samples = portion.portion.tokens, portion.portion.samples
+            positions = predicting_positions(lengths[samples], labels[tokens])
+            found = passes.forward(portion, positions)
+            loss = LogitsLoss.of(
+                found.logits, positions, lengths[samples], labels[tokens], weights[samples]
+            )
+            gradient, values = passes.backward(
+                found.activation, loss.gradient, lambda: portion, positions, want_fisher
+            )
+            return loss, _gradient(gradient.factored, values)
+
+        def by_factors() -> FactoredStep:
+            beside = self._remote.logits_sizes(lengths, labels)
+            found = [back(portion) for portion in self._sent(sent, digests, 0, beside)]
+            return FactoredStep(
+                joined([loss.loss_sums for loss, _ in found]),
+                joined([loss.token_counts for loss, _ in found]),
+                _together([gradient for _, gradient in found]),
+            )
+
+        def densely() -> FactoredStep:
+            reply = client_side_step(self._remote, sent.dense(), labels, weights)
+            gradient = sent.gradient(reply.gradient, want_fisher)
+            return FactoredStep(reply.loss_sums, reply.token_counts, gradient)
+
+        return self._either(by_factors, densely)
+
     def score(
         self, sent: Factored, labels: torch.Tensor, digests: Sequence[bytes] = ()
     ) -> ScoreResult:
@@ -167,11 +208,17 @@ class FactoredLanguageModel:
         extra = {"reason": str(error), "seconds": _DENSE_SECONDS}
         log.warning("the dense wire is used instead", extra=extra)
 
-    def _sent(self, sent: Factored, digests: Sequence[bytes], beside: int = 0) -> Iterator[Sent]:
-        """In portions that fit, of which each has every W; see `RemoteLanguageModel.sent`."""
+    def _sent(
+        self, sent: Factored, digests: Sequence[bytes], beside: int = 0, more: Sequence[int] = ()
+    ) -> Iterator[Sent]:
+        """In portions that fit, of which each has every W; see `RemoteLanguageModel.sent`. There are
+        `more` bytes of each sample."""
         dtype, rank = self._remote.wire_dtype, sent.left.shape[-1]
         bases = self._bases(sent, digests)
-        sizes = [codec.byte_size(dtype, (length, rank)) for length in sent.lengths]
+        sizes = [
+            codec.byte_size(dtype, (length, rank)) + own
+            for length, own in zip_longest(sent.lengths, more, fillvalue=0)
+        ]
         beside += sum(codec.byte_size(dtype, w.shape) for w in sent.right.values())
         for portion in cut(sent.lengths, sizes, self._remote.card.limits, beside):
             yield self._portion(sent, portion, bases[portion.samples])

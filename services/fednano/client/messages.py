@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
 import torch
 
+from fednano.client.portions import WHOLE, Portion
+from fednano.client.replicas import Replica
 from fednano.models.language_model import LowRank, Sampling, Segment, Sequences
 from fednano.wire import codec, llm_pb2, torch_codec
 from fednano.wire.tensor_pb2 import FP32, DType, Tensor, TensorSpec
+
+T = TypeVar("T")
+
+
+class Around(Protocol):
+    """Makes a call at a replica: as it is, or again once what the replica lacks has been sent."""
+
+    def __call__(self, replica: Replica, call: Callable[[], T]) -> T: ...
+
+
+def _plainly(replica: Replica, call: Callable[[], T]) -> T:
+    return call()
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Embeddings as they travel in one request: the first message's part, and the bytes that follow."""
+
+    embeddings: llm_pb2.Embeddings
+    body: list[codec.Buffer]
+    portion: Portion = WHOLE
+    """Of a batch: which part of it these are."""
+    around: Around = _plainly
 
 
 def announced(sequences: Sequences, dtype: DType) -> llm_pb2.Embeddings:

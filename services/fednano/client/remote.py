@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from fednano.client.calls import Caller as Caller
 from fednano.client.calls import Calls
 from fednano.client.messages import (
+    Around,
+    Sent,
     announced,
     gradient_specs,
     integers,
@@ -24,6 +27,7 @@ from fednano.client.messages import (
     tensor,
 )
 from fednano.client.meter import Meter
+from fednano.client.passes import Passes
 from fednano.client.portions import WHOLE, Portion, cut, joined
 from fednano.client.replicas import Replica, Replicas
 from fednano.models.language_model import (
@@ -37,33 +41,12 @@ from fednano.models.language_model import (
     StepResult,
 )
 from fednano.wire import codec, llm_pb2, torch_codec
-from fednano.wire.errors import RETRYABLE, Unavailable, UnknownActivation
+from fednano.wire.errors import RETRYABLE, Unavailable
 from fednano.wire.tensor_pb2 import FP32, DType, Header
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-class Around(Protocol):
-    """Makes a call at a replica: as it is, or again once what the replica lacks has been sent."""
-
-    def __call__(self, replica: Replica, call: Callable[[], T]) -> T: ...
-
-
-def _plainly(replica: Replica, call: Callable[[], T]) -> T:
-    return call()
-
-
-@dataclass(frozen=True)
-class Sent:
-    """Embeddings as they travel in one request: the first message's part, and the bytes that follow."""
-
-    embeddings: llm_pb2.Embeddings
-    body: list[codec.Buffer]
-    portion: Portion = WHOLE
-    """Of a batch: which part of it these are."""
-    around: Around = _plainly
 
 
 Stepped = tuple[llm_pb2.ForwardBackwardResult, list[torch.Tensor]]
@@ -88,8 +71,8 @@ class RemoteLanguageModel:
         meter = meter if meter is not None else Meter()
         self.calls = Calls(replicas, caller, meter, retry_seconds, call_seconds)
         self.wire_dtype = wire_dtype
-        self._homes: dict[str, str] = {}  # activation -> address of the replica that holds it
         self.card = self.describe()
+        self.passes = Passes(self.calls, self.header, wire_dtype)
 
     @property
     def hidden_size(self) -> int:
@@ -204,25 +187,7 @@ class RemoteLanguageModel:
     def forward(
         self, sequences: Sequences, positions: torch.Tensor, keep: bool = True
     ) -> ForwardResult:
-        head = llm_pb2.ForwardHead(
-            header=self.header(),
-            embeddings=announced(sequences, self.wire_dtype),
-            positions=integers(positions),
-            keep=keep,
-        )
-        body = [torch_codec.pack(sequences.values, self.wire_dtype)]
-
-        def call(replica: Replica) -> ForwardResult:
-            requests = self.calls.stream("Forward", llm_pb2.ForwardRequest, head, body)
-            with self.calls.calling("Forward", head.header) as options:
-                replies = replica.stub.Forward(requests, **options)
-                first, values = self.calls.collect("Forward", replies, lambda r: [r.result.logits])
-            self.calls.spent(first.result.spent)
-            if first.result.activation:
-                self._homes[first.result.activation] = replica.address
-            return ForwardResult(first.result.activation, values[0])
-
-        return self.calls.retried(head.header, call)
+        return self.passes.forward(self._whole(sequences), positions, keep)
 
     def backward(
         self,
@@ -231,48 +196,8 @@ class RemoteLanguageModel:
         sequences: Sequences,
         positions: torch.Tensor,
     ) -> torch.Tensor:
-        """Goes to the replica that holds the activation; elsewhere it is computed again."""
-        header = self.header()
-        home = self.calls.replicas.at(self._homes.pop(activation, ""))
-        if home is not None:
-            try:
-                return self._backward(home, header, logits_gradient, activation)
-            except (UnknownActivation, *RETRYABLE) as error:
-                extra = {"reason": str(error), "request_id": header.request}
-                log.info("activation computed again", extra=extra)
-        again = sequences, positions
-        return self.calls.retried(
-            header, lambda replica: self._backward(replica, header, logits_gradient, "", again)
-        )
-
-    def _backward(
-        self,
-        replica: Replica,
-        header: Header,
-        logits_gradient: torch.Tensor,
-        activation: str,
-        again: tuple[Sequences, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        """`again` is what an activation is computed from, where there is none."""
-        head = llm_pb2.BackwardHead(
-            header=header,
-            activation=activation,
-            logits_gradient=torch_codec.spec_of("logits_gradient", logits_gradient, FP32),
-            gradient_dtype=self.wire_dtype,
-        )
-        body = [torch_codec.pack(logits_gradient, FP32)]
-        if again is not None:
-            sequences, positions = again
-            head.embeddings.CopyFrom(announced(sequences, self.wire_dtype))
-            head.positions.CopyFrom(integers(positions))
-            body.append(torch_codec.pack(sequences.values, self.wire_dtype))
-        requests = self.calls.stream("Backward", llm_pb2.BackwardRequest, head, body)
-        with self.calls.calling("Backward", header) as options:
-            replies = replica.stub.Backward(requests, **options)
-            first, values = self.calls.collect(
-                "Backward", replies, lambda r: [r.gradient.dense.values]
-            )
-        self.calls.spent(first.spent)
+        again = partial(self._whole, sequences)
+        _, values = self.passes.backward(activation, logits_gradient, again, positions)
         return values[0]
 
     def generate(
@@ -356,20 +281,23 @@ class RemoteLanguageModel:
     def portions(self, sequences: Sequences, labels: torch.Tensor) -> list[Portion]:
         """For a loss of the client's own: what can be sent together with the logits of its labels, as
         Backward has to where an activation is gone."""
-        lengths = list(sequences.lengths)
-        wanted = [int((part != IGNORED).sum()) for part in labels.split(lengths)]
-        sizes = [
-            size + codec.byte_size(FP32, (count, self.card.vocabulary))
-            for size, count in zip(self._sizes(sequences), wanted, strict=True)
-        ]
-        return cut(lengths, sizes, self.card.limits)
+        beside = self.logits_sizes(sequences.lengths, labels)
+        sizes = [sum(both) for both in zip(self._sizes(sequences), beside, strict=True)]
+        return cut(sequences.lengths, sizes, self.card.limits)
+
+    def logits_sizes(self, lengths: Sequence[int], labels: torch.Tensor) -> list[int]:
+        """Bytes of the logits of each sample's labels [tokens]."""
+        wanted = [int((part != IGNORED).sum()) for part in labels.split(list(lengths))]
+        return [codec.byte_size(FP32, (count, self.card.vocabulary)) for count in wanted]
 
     def sent(self, sequences: Sequences, beside: int = 0) -> Iterator[Sent]:
         """Dense embeddings as they travel, with `beside` bytes of something else in each request."""
         for portion in cut(sequences.lengths, self._sizes(sequences), self.card.limits, beside):
-            part = portion.of(sequences)
-            body = [torch_codec.pack(part.values, self.wire_dtype)]
-            yield Sent(announced(part, self.wire_dtype), body, portion)
+            yield self._whole(portion.of(sequences), portion)
+
+    def _whole(self, sequences: Sequences, portion: Portion = WHOLE) -> Sent:
+        body = [torch_codec.pack(sequences.values, self.wire_dtype)]
+        return Sent(announced(sequences, self.wire_dtype), body, portion)
 
     def _sizes(self, sequences: Sequences) -> list[int]:
         """Bytes of each sample."""

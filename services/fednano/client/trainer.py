@@ -184,7 +184,7 @@ class Trainer:
             yield Ready(chosen, batch, start / len(examples))
 
     def _wire(self, loss: str = "server") -> Wire:
-        return FactoredWire(self.factored) if self.factored else DenseWire(self.llm, loss)
+        return FactoredWire(self.factored, loss) if self.factored else DenseWire(self.llm, loss)
 
     @torch.no_grad()
     def evaluate(

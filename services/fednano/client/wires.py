@@ -84,6 +84,7 @@ class FactoredWire:
     """x once; then U and W there, their gradients back."""
 
     llm: FactoredLanguageModel
+    loss: str = "server"
 
     def ready(self, examples: Sequence[Prepared]) -> Batch:
         return Batch.of(examples, *self.llm.held([example.base for example in examples]))
@@ -93,7 +94,8 @@ class FactoredWire:
     ) -> Crossed:
         held = self._held(batch)
         sent = nano.factored(held)
-        reply = self.llm.step(sent, batch.labels, weights, estimate is not None, held.digests)
+        step = self.llm.client_side_step if self.loss == "client" else self.llm.step
+        reply = step(sent, batch.labels, weights, estimate is not None, held.digests)
         if estimate is not None:
             estimate.add_factored(held, reply.gradient, weights)
 

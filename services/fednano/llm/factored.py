@@ -14,7 +14,7 @@ from fednano.llm.requests import Layout, Limits, Received
 from fednano.models.factored import Factored, FactoredGradient
 from fednano.models.language_model import Modality
 from fednano.wire import llm_pb2
-from fednano.wire.errors import BadTensor, Busy, InvalidRequest
+from fednano.wire.errors import BadTensor, Busy, InvalidRequest, Unsupported
 from fednano.wire.tensor_pb2 import FP32, DType, TensorSpec
 
 PackedGradient = tuple[llm_pb2.Gradient, list[Packed]]
@@ -82,14 +82,20 @@ def _modality(number: int) -> Modality:
 
 
 def packed_gradient(
-    received: Received, gradient: torch.Tensor, dtype: DType, want_fisher: bool
+    origin: Factored | None, gradient: torch.Tensor, dtype: DType, want_fisher: bool
 ) -> PackedGradient:
-    """The gradient in the form in which the embeddings came. Raises InvalidRequest, as `packed`."""
-    if received.factored is not None:
-        found = received.factored.gradient(gradient, want_fisher)
-        return _factored_gradient(found, dtype)
+    """The gradient in the form in which the embeddings came. Raises InvalidRequest, as `packed`, and
+    Unsupported for a Fisher part of the dense form."""
+    if origin is not None:
+        return _factored_gradient(origin.gradient(gradient, want_fisher), dtype)
+    check_fisher(want_fisher, factored=False)
     body = packed("gradient", gradient, dtype)
     return llm_pb2.Gradient(dense=llm_pb2.DenseForm(values=body.spec)), [body]
+
+
+def check_fisher(wanted: bool, factored: bool) -> None:
+    if wanted and not factored:
+        raise Unsupported("want_fisher belongs to the factored form; leave it out")
 
 
 def packed(name: str, gradient: torch.Tensor, dtype: DType) -> Packed:

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from fednano.llm.worker import Worker
 from fednano.models.activations import Activation, Activations
+from fednano.models.factored import Factored
 from fednano.models.frozen import FrozenLLM
 from fednano.models.generation import Answer, Written
 from fednano.models.language_model import (
@@ -169,10 +170,14 @@ class LeadingLLM(FrozenLLM):
             return super().score(sequences, labels)
 
     def forward(
-        self, sequences: Sequences, positions: torch.Tensor, keep: bool = True
+        self,
+        sequences: Sequences,
+        positions: torch.Tensor,
+        keep: bool = True,
+        origin: Factored | None = None,
     ) -> ForwardResult:
-        if keep:
-            return super().forward(sequences, positions)  # by way of `activate`
+        if keep:  # by way of `activate`
+            return super().forward(sequences, positions, origin=origin)
         with self._together("forward", sequences, positions, False):
             return super().forward(sequences, positions, keep=False)
 

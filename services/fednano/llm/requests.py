@@ -103,8 +103,6 @@ class Announced(Layout):
 
 def announced(message: llm_pb2.Embeddings, limits: Limits) -> Announced:
     """The first message's half of the embeddings, which must be dense."""
-    if message.WhichOneof("form") == "factored":
-        raise Unsupported("the factored form is not offered here; send the dense form")
     found, spec = layout(message, limits), message.dense.values
     check_spec("embeddings", spec, (found.tokens, limits.hidden))
     return Announced(found.segments, spec)
@@ -166,30 +164,31 @@ class LogitsGradient:
     """What Backward starts from, and what the activation is computed from where it is gone."""
 
     spec: TensorSpec  # [wanted, vocabulary]
-    embeddings: Announced | None
+    embeddings: Announced | Factors | None
     positions: torch.Tensor | None
 
     @property
     def specs(self) -> list[TensorSpec]:
         """In the order in which their bytes come."""
-        return [self.spec, *([self.embeddings.spec] if self.embeddings else [])]
+        return [self.spec, *(self.embeddings.specs if self.embeddings else [])]
 
-    def read(self, data: Sequence[memoryview]) -> tuple[torch.Tensor, Sequences | None]:
+    def read(self, data: Sequence[memoryview]) -> tuple[torch.Tensor, Received | None]:
         """The gradient and, where they were sent again, the embeddings. Raises BadTensor."""
         gradient = floats("logits_gradient", self.spec, data[0])
-        return gradient, self.embeddings.sequences(data[1]) if self.embeddings else None
+        return gradient, self.embeddings.read(data[1:]) if self.embeddings else None
 
 
-def logits_gradient(head: llm_pb2.BackwardHead, limits: Limits) -> LogitsGradient:
-    """The first message of Backward."""
+def logits_gradient(
+    head: llm_pb2.BackwardHead, embeddings: Announced | Factors | None, limits: Limits
+) -> LogitsGradient:
+    """The first message of Backward; `embeddings` are those that it announces."""
     spec = head.logits_gradient
-    if not head.HasField("embeddings"):
+    if embeddings is None:
         if not head.activation:
             raise InvalidRequest.of("activation", "a name, or embeddings", "neither")
         wanted = max(1, spec.shape[0]) if spec.shape else 1
         check_spec("logits_gradient", spec, (wanted, limits.vocabulary))
         return LogitsGradient(spec, None, None)
-    embeddings = announced(head.embeddings, limits)
     places = positions(head.positions, embeddings.tokens, limits)
     check_spec("logits_gradient", spec, (len(places), limits.vocabulary))
     return LogitsGradient(spec, embeddings, places)

@@ -14,12 +14,12 @@ from fednano import __version__
 from fednano.llm import factored, requests
 from fednano.llm.bases import BaseStore
 from fednano.llm.exchange import Exchange, Packed, authorise, owner_of
-from fednano.llm.factored import Factors, PackedGradient, packed, packed_gradient
+from fednano.llm.factored import Factors, PackedGradient, check_fisher, packed_gradient
 from fednano.llm.incoming import Incoming
 from fednano.llm.jobs import Job
 from fednano.llm.joining import Logits, Scores, Steps
 from fednano.llm.metrics import Kind, Metrics
-from fednano.llm.requests import Announced
+from fednano.llm.requests import Announced, Received
 from fednano.llm.uploads import Uploads
 from fednano.llm.worker import Worker
 from fednano.models.frozen import FrozenLLM
@@ -27,7 +27,6 @@ from fednano.models.language_model import (
     ForwardResult,
     NewToken,
     ScoreResult,
-    Sequences,
     StepResult,
 )
 from fednano.wire import codec, llm_pb2, llm_pb2_grpc, torch_codec
@@ -98,10 +97,10 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
         with self._metrics.request("Forward"):
             incoming = Incoming(request_iterator)
             head: llm_pb2.ForwardHead = await self._exchange.head(incoming)
-            embeddings = requests.announced(head.embeddings, self._limits)
+            embeddings = await self._announced(head.embeddings)
             positions = requests.positions(head.positions, embeddings.tokens, self._limits)
-            sequences = (await self._exchange.received(incoming, embeddings)).sequences
-            found, job = await self._forwarded(head, sequences, positions)
+            received = await self._exchange.received(incoming, embeddings)
+            found, job = await self._forwarded(head, received, positions)
             self._metrics.tokens("Forward", embeddings.tokens)
             body = Packed.of("logits", found.logits, FP32)
             result = llm_pb2.ForwardResult(
@@ -117,24 +116,28 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
         with self._metrics.request("Backward"):
             incoming = Incoming(request_iterator)
             head: llm_pb2.BackwardHead = await self._exchange.head(incoming)
-            asked = requests.logits_gradient(head, self._limits)
+            again = await self._announced(head.embeddings) if head.HasField("embeddings") else None
+            asked = requests.logits_gradient(head, again, self._limits)
             dtype = requests.reply_dtype("gradient_dtype", head.gradient_dtype)
-            data = await self._exchange.payload(incoming, asked.specs, ["logits", "embeddings"])
+            kinds: list[Kind] = ["embeddings"] * len(asked.specs)
+            kinds[0] = "logits"
+            data = await self._exchange.payload(incoming, asked.specs, kinds)
 
-            def backward() -> Packed:
-                above, sequences = asked.read(data)
+            def backward() -> PackedGradient:
+                above, received = asked.read(data)
+                kept = self._engine.activations.get(head.activation)
+                origin = kept.origin if kept else received.factored if received else None
+                sequences = received.sequences if received else None
                 found = self._engine.backward(head.activation, above, sequences, asked.positions)
-                return packed("gradient", found, dtype)
+                return packed_gradient(origin, found, dtype, head.want_fisher)
 
-            body, job = await self._exchange.compute(
+            (gradient, bodies), job = await self._exchange.compute(
                 "Backward", backward, head.header, asked.spec.shape[0]
             )
-            self._metrics.tokens("Backward", body.spec.shape[0])
-            dense = llm_pb2.DenseForm(values=body.spec)
-            gradient = llm_pb2.Gradient(dense=dense)
+            self._metrics.tokens("Backward", bodies[0].spec.shape[0])
             reply = llm_pb2.BackwardReply(gradient=gradient, spent=_spent(job))
             yield self._exchange.counted(reply)
-            for chunk in self._exchange.chunks("gradients", body):
+            for chunk in self._exchange.chunks("gradients", *bodies):
                 yield llm_pb2.BackwardReply(chunk=chunk)
 
     async def ForwardBackward(
@@ -143,8 +146,7 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
         with self._metrics.request("ForwardBackward"):
             incoming = Incoming(request_iterator)
             head: llm_pb2.ForwardBackwardHead = await self._exchange.head(incoming)
-            if head.want_fisher and not head.embeddings.HasField("factored"):
-                raise Unsupported("want_fisher belongs to the factored form; leave it out")
+            check_fisher(head.want_fisher, head.embeddings.HasField("factored"))
             embeddings = await self._announced(head.embeddings)
             labels = requests.labels(head.labels, embeddings, self._limits)
             weights = requests.weights(head.weights, len(embeddings.segments))
@@ -155,7 +157,9 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
                 # Copied here: a copy from a GPU waits for what runs there, and the loop would with it.
                 losses, counts = found.loss_sums.cpu(), found.token_counts.cpu()
                 _check_losses(losses)
-                gradient = packed_gradient(received, found.gradient, dtype, head.want_fisher)
+                gradient = packed_gradient(
+                    received.factored, found.gradient, dtype, head.want_fisher
+                )
                 return StepResult(losses, counts, found.gradient), gradient
 
             work = Steps(self._engine.step, received.sequences, labels, weights)
@@ -255,13 +259,15 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
             return self._exchange.counted(llm_pb2.DeleteBaseReply(deleted=deleted))
 
     async def _forwarded(
-        self, head: llm_pb2.ForwardHead, sequences: Sequences, positions: torch.Tensor
+        self, head: llm_pb2.ForwardHead, received: Received, positions: torch.Tensor
     ) -> tuple[ForwardResult, Job[ForwardResult]]:
         """A pass of which nothing is kept may share its batch; a kept graph is one request's own."""
+        sequences, factored = received.sequences, received.factored
         if head.keep:
+            origin = factored.without_base() if factored else None
             return await self._exchange.compute(
                 "Forward",
-                lambda: self._engine.forward(sequences, positions),
+                lambda: self._engine.forward(sequences, positions, origin=origin),
                 head.header,
                 len(sequences.values),
             )

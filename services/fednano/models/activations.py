@@ -7,8 +7,11 @@ import time
 import uuid
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+
+from fednano.models.factored import Factored
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,14 @@ class Activation:
 
     values: torch.Tensor  # [tokens, hidden], the leaf
     logits: torch.Tensor  # [wanted, vocabulary] float32
+
+
+class Kept(NamedTuple):
+    """An activation, and what its values were made of where they came in factored form."""
+
+    activation: Activation
+    origin: Factored | None
+    since: float
 
 
 class Activations:
@@ -30,27 +41,26 @@ class Activations:
         self._replica = replica
         self._tokens = tokens
         self._seconds = seconds
-        self._kept: OrderedDict[str, tuple[float, Activation]] = OrderedDict()
+        self._kept: OrderedDict[str, Kept] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def put(self, activation: Activation) -> str:
-        """Keeps `activation` and returns its name."""
+    def put(self, activation: Activation, origin: Factored | None = None) -> str:
+        """Keeps `activation`, whose values were made of `origin`, and returns its name."""
         name = f"{self._replica}/{uuid.uuid4().hex}"
         with self._lock:
-            self._kept[name] = (time.monotonic(), activation)
+            self._kept[name] = Kept(activation, origin, time.monotonic())
             while len(self._kept) > 1 and self._held_tokens() > self._tokens:
                 self._kept.popitem(last=False)
         return name
 
-    def get(self, name: str) -> Activation | None:
-        """The activation, or None where it is gone; it stays kept."""
+    def get(self, name: str) -> Kept | None:
+        """None where it is gone; it stays kept."""
         self.expire()
         with self._lock:
-            found = self._kept.get(name)
-        return found[1] if found else None
+            return self._kept.get(name)
 
     def drop(self, name: str) -> None:
         with self._lock:
@@ -60,8 +70,8 @@ class Activations:
         """Forgets what has been kept for too long."""
         oldest = time.monotonic() - self._seconds
         with self._lock:
-            while self._kept and next(iter(self._kept.values()))[0] < oldest:
+            while self._kept and next(iter(self._kept.values())).since < oldest:
                 self._kept.popitem(last=False)
 
     def _held_tokens(self) -> int:
-        return sum(activation.values.shape[0] for _, activation in self._kept.values())
+        return sum(kept.activation.values.shape[0] for kept in self._kept.values())

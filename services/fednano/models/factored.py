@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -39,6 +39,10 @@ class Factored:
     left: torch.Tensor  # U [tokens, rank]
     right: Mapping[Modality, torch.Tensor]  # W [rank, hidden]
     segments: Segments
+
+    def without_base(self) -> Factored:
+        """All that `gradient` needs."""
+        return replace(self, base=self.base[:0])
 
     def to(self, device: torch.device) -> Factored:
         """The same, float32, on `device`."""

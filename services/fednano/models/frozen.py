@@ -26,6 +26,7 @@ from fednano.models.compute import (
     quantisation,
     quantised,
 )
+from fednano.models.factored import Factored
 from fednano.models.generation import Answer, Plan, Written, write
 from fednano.models.language_model import (
     ForwardResult,
@@ -204,16 +205,21 @@ class FrozenLLM:
         )
 
     def forward(
-        self, sequences: Sequences, positions: torch.Tensor, keep: bool = True
+        self,
+        sequences: Sequences,
+        positions: torch.Tensor,
+        keep: bool = True,
+        origin: Factored | None = None,
     ) -> ForwardResult:
-        """Logits at `positions` [wanted]; `keep` holds the graph for `backward`."""
+        """Logits at `positions` [wanted]; `keep` holds the graph for `backward`, and beside it the
+        `origin` of the sequences, for whoever wants that."""
         home = sequences.values.device
         if not keep:
             with torch.no_grad():
                 logits = self._logits(self._placed(sequences), self._padding(sequences), positions)
             return ForwardResult("", logits.to(home))
         activation = self.activate(sequences, positions)
-        name = self.activations.put(activation)
+        name = self.activations.put(activation, origin)
         return ForwardResult(name, activation.logits.detach().to(home))
 
     def backward(
@@ -230,16 +236,18 @@ class FrozenLLM:
         than that of the logits.
         """
         kept = self.activations.get(activation)
-        if kept is None:
-            if sequences is None or positions is None:
-                raise UnknownActivation("the activation is gone; send the embeddings again")
-            kept = self.activate(sequences, positions)
-        if kept.logits.shape != logits_gradient.shape:
+        if kept is not None:
+            made = kept.activation
+        elif sequences is None or positions is None:
+            raise UnknownActivation("the activation is gone; send the embeddings again")
+        else:
+            made = self.activate(sequences, positions)
+        if made.logits.shape != logits_gradient.shape:
             raise InvalidRequest.of(
-                "logits_gradient", list(kept.logits.shape), list(logits_gradient.shape)
+                "logits_gradient", list(made.logits.shape), list(logits_gradient.shape)
             )
         self.activations.drop(activation)
-        return self.descend(kept, logits_gradient)
+        return self.descend(made, logits_gradient)
 
     def activate(self, sequences: Sequences, positions: torch.Tensor) -> Activation:
         """A forward pass with its graph, from which `descend` goes back, once."""

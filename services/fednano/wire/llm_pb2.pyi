@@ -198,20 +198,22 @@ class BackwardRequest(_message.Message):
     def __init__(self, head: _Optional[_Union[BackwardHead, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
 class BackwardHead(_message.Message):
-    __slots__ = ("header", "activation", "logits_gradient", "positions", "embeddings", "gradient_dtype")
+    __slots__ = ("header", "activation", "logits_gradient", "positions", "embeddings", "gradient_dtype", "want_fisher")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     ACTIVATION_FIELD_NUMBER: _ClassVar[int]
     LOGITS_GRADIENT_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
     EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    WANT_FISHER_FIELD_NUMBER: _ClassVar[int]
     header: _tensor_pb2.Header
     activation: str
     logits_gradient: _tensor_pb2.TensorSpec
     positions: _tensor_pb2.Tensor
     embeddings: Embeddings
     gradient_dtype: _tensor_pb2.DType
-    def __init__(self, header: _Optional[_Union[_tensor_pb2.Header, _Mapping]] = ..., activation: _Optional[str] = ..., logits_gradient: _Optional[_Union[_tensor_pb2.TensorSpec, _Mapping]] = ..., positions: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., embeddings: _Optional[_Union[Embeddings, _Mapping]] = ..., gradient_dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ...) -> None: ...
+    want_fisher: bool
+    def __init__(self, header: _Optional[_Union[_tensor_pb2.Header, _Mapping]] = ..., activation: _Optional[str] = ..., logits_gradient: _Optional[_Union[_tensor_pb2.TensorSpec, _Mapping]] = ..., positions: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., embeddings: _Optional[_Union[Embeddings, _Mapping]] = ..., gradient_dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., want_fisher: bool = ...) -> None: ...
 
 class BackwardReply(_message.Message):
     __slots__ = ("gradient", "chunk", "spent")

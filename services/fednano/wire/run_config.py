@@ -82,14 +82,6 @@ class TrainingConfig(Section):
         description="factored: what never changes is uploaded to the LLM service once and kept there",
     )
 
-    @model_validator(mode="after")
-    def _crosses(self) -> TrainingConfig:
-        if self.wire == "factored" and self.loss == "client":
-            raise ValueError(
-                "training.wire: expected dense where training.loss is client, got factored"
-            )
-        return self
-
 
 class DataConfig(Section):
     """Whose data the clients train on."""
