@@ -183,7 +183,7 @@ class Compared:
             "local epochs": job.epochs,
             "seed": job.seed,
             "dtype": "fp32",
-            "wire": f"{self.wire}, loopback; LoRA's records fp32",
+            "wire": f"{self.wire} over loopback, LoRA's records fp32",
             "ours": f"{config.strategy.name}, rank {config.adapter.rank}, learning rate "
             f"{config.training.learning_rate:g}",
             "LoRA": f"FedAvg, rank {job.rank} on q, k, v, o of the LLM, alpha {job.alpha}, "

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fednano.lab.bench.machine import describe_machine
 from fednano.lab.bench.registry import BENCHES, chosen
@@ -120,11 +121,14 @@ def _as_json(row: Row) -> dict[str, Any]:
 
 
 def _table(rows: Sequence[Row]) -> Table:
-    table = Table("bench", "case", "figure", "reach", "", "made of", "setting", header_style="bold")
-    marks = {True: "[green]reached[/]", False: "[red]missed[/]", None: ""}
+    """What a figure was made of and its setting stand below its case: a terminal is not wide."""
+    table = Table("bench", "case", "figure", "reach", header_style="bold", show_lines=True)
+    marks = {True: ("reached", "green"), False: ("missed", "red"), None: ("", "")}
     for row in rows:
-        parts, setting = _pairs(row.parts), _pairs(row.setting)
-        table.add_row(row.bench, row.case, row.shown, _text(row), marks[row.met], parts, setting)
+        below = [(f"\n{_pairs(row.parts)}", ""), (f"\n{_pairs(row.setting)}", "dim")]
+        case = Text.assemble((row.case, "bold"), *below)
+        reach = Text.assemble(_text(row), "\n", marks[row.met])
+        table.add_row(Text(row.bench, no_wrap=True), case, Text(row.shown), reach)
     return table
 
 
@@ -134,4 +138,4 @@ def _text(row: Row) -> str:
 
 def _pairs(values: Mapping[str, str | int | float]) -> str:
     shown = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in values.items()}
-    return "\n".join(f"{name}: {value}" for name, value in shown.items())
+    return "; ".join(f"{name}: {value}" for name, value in shown.items())
