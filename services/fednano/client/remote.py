@@ -301,8 +301,8 @@ class RemoteLanguageModel:
 
     def _sizes(self, sequences: Sequences) -> list[int]:
         """Bytes of each sample."""
-        width = sequences.values.shape[-1]
-        return [codec.byte_size(self.wire_dtype, (n, width)) for n in sequences.lengths]
+        row = codec.byte_size(self.wire_dtype, (1, sequences.values.shape[-1]))
+        return [row * length for length in sequences.lengths]
 
 
 def losses(results: Sequence[llm_pb2.ForwardBackwardResult]) -> tuple[torch.Tensor, torch.Tensor]:
