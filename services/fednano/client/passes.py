@@ -81,9 +81,9 @@ class Passes:
         head.activation = ""
         head.embeddings.CopyFrom(sent.embeddings)
         head.positions.CopyFrom(integers(positions))
-        body += sent.body
+        whole = [*body, *sent.body]
         return self._calls.retried(
-            head.header, lambda at: sent.around(at, lambda: self._back(at, head, body))
+            head.header, lambda at: sent.around(at, lambda: self._back(at, head, whole))
         )
 
     def _back(self, replica: Replica, head: llm_pb2.BackwardHead, body: list[codec.Buffer]) -> Back:
