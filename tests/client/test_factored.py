@@ -190,6 +190,8 @@ def test_narrow_wires_are_close(
         found = step(FactoredWire(FactoredLanguageModel(llm)), adapters, batch)
     for name, gradient in wanted.gradients.items():
         assert 0 < (found.gradients[name] - gradient).norm() < off * gradient.norm(), name
+    for name, fisher in wanted.fisher.items():  # squares: off by twice as much
+        assert 0 < np.linalg.norm(found.fisher[name] - fisher) < 2 * off * np.linalg.norm(fisher)
 
 
 def test_a_base_travels_once(port: int, adapters: NanoAdapters, batch: Batch) -> None:
@@ -207,6 +209,20 @@ def test_a_base_travels_once(port: int, adapters: NanoAdapters, batch: Batch) ->
     assert "bases" not in later.sent_bytes
     assert later.sent_bytes["embeddings"] == (tokens + 2 * hidden) * 4 * 4  # U and two W of rank 4
     assert later.received_bytes["gradients"] == (tokens + 4 * hidden) * 4 * 4  # and two Fishers
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(FP32, 4), (FP16, 2), (INT8, 2)])
+def test_fisher_parts_travel_in_half_of_float32_where_gradients_are_narrow(
+    port: int, adapters: NanoAdapters, batch: Batch, dtype: DType, size: int
+) -> None:
+    meter = Meter()
+    weights = 1 / (batch.label_counts * len(batch))
+    with remote(port, meter=meter, wire_dtype=dtype) as llm:
+        wire, received = FactoredWire(FactoredLanguageModel(llm)), []
+        for estimate in (None, None, FisherEstimate(adapters)):
+            wire.step(NanoEdge(adapters), batch, weights, estimate)
+            received.append(meter.take().received_bytes["gradients"])
+    assert received[2] - received[1] == 2 * 4 * batch.base.shape[1] * size  # of rank 4
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, INT8])

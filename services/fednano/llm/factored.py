@@ -11,11 +11,11 @@ from fednano.llm import requests
 from fednano.llm.bases import Base, BaseStore, Owner
 from fednano.llm.exchange import Packed
 from fednano.llm.requests import Layout, Limits, Received
-from fednano.models.factored import Factored, FactoredGradient
+from fednano.models.factored import Factored, FactoredGradient, fisher_dtype
 from fednano.models.language_model import Modality
 from fednano.wire import llm_pb2
 from fednano.wire.errors import BadTensor, Busy, InvalidRequest, Unsupported
-from fednano.wire.tensor_pb2 import FP32, DType, TensorSpec
+from fednano.wire.tensor_pb2 import DType, TensorSpec
 
 PackedGradient = tuple[llm_pb2.Gradient, list[Packed]]
 
@@ -109,10 +109,9 @@ def packed(name: str, gradient: torch.Tensor, dtype: DType) -> Packed:
 
 
 def _factored_gradient(found: FactoredGradient, dtype: DType) -> PackedGradient:
-    """The Fisher part travels in float32: squares of small numbers vanish in less."""
     left = packed("left", found.left, dtype)
     right = {m: packed(f"right.{m:d}", w, dtype) for m, w in found.right.items()}
-    fisher = {m: packed(f"fisher.{m:d}", f, FP32) for m, f in found.fisher.items()}
+    fisher = {m: packed(f"fisher.{m:d}", f, fisher_dtype(dtype)) for m, f in found.fisher.items()}
     message = llm_pb2.FactoredGradient(left=left.spec)
     for parts, specs in ((right, message.right), (fisher, message.fisher)):
         for modality, part in parts.items():

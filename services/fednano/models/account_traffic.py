@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from fednano.models.factored import fisher_dtype
 from fednano.models.language_model import Modality, Segment
 from fednano.wire import codec, llm_pb2
 from fednano.wire import coordinator_pb2 as pb
@@ -87,8 +88,9 @@ class Step:
         right = {m: self._spec(f"right.{m}", self.rank, self.hidden) for m in self._adapted()}
         bases = [bytes.fromhex(_DIGEST)] * self.samples
         form = llm_pb2.FactoredForm(bases=bases, left=left, right=right)
+        squared = fisher_dtype(self.dtype)
         fisher = {
-            m: TensorSpec(name=f"fisher.{m}", dtype=FP32, shape=(self.rank, self.hidden))
+            m: TensorSpec(name=f"fisher.{m}", dtype=squared, shape=(self.rank, self.hidden))
             for m in (self._adapted() if want_fisher else ())
         }
         gradient = llm_pb2.FactoredGradient(left=left, right=right, fisher=fisher)

@@ -15,7 +15,7 @@ import torch
 
 from fednano.models.language_model import Modality, Segment, Sequences
 from fednano.wire.codec import Buffer
-from fednano.wire.tensor_pb2 import DType, TensorSpec
+from fednano.wire.tensor_pb2 import BF16, FP32, DType, TensorSpec
 
 Segments = tuple[tuple[Segment, ...], ...]
 
@@ -90,6 +90,12 @@ class Factored:
             total += own
             squares += own.square()
         return total, squares
+
+
+def fisher_dtype(gradient: DType) -> DType:
+    """Of the Fisher part, beside a gradient in that dtype: squares of small numbers need float32's
+    range, but not its precision where nothing else has it."""
+    return FP32 if gradient == FP32 else BF16
 
 
 def base_digest(fingerprint: str, spec: TensorSpec, data: Buffer) -> bytes:
