@@ -29,6 +29,7 @@ from fednano.models.language_model import (
     NewToken,
     Sampling,
     ScoreResult,
+    StepResult,
 )
 from fednano.wire import codec, llm_pb2, torch_codec
 from fednano.wire.errors import FedNanoError, UnknownBase, Unsupported
@@ -97,21 +98,14 @@ class FactoredLanguageModel:
         """Loss and gradient of sum_i weights[i] * loss_i. `sent.base` is `held`; the digests are made
         again where they are not given."""
 
-        def by_factors() -> FactoredStep:
-            found = [
-                self._remote.stepped(portion, labels, weights, want_fisher)
-                for portion in self._sent(sent, digests)
-            ]
-            loss_sums, counts = losses([result for result, _ in found])
-            parts = [_gradient(result.gradient.factored, values) for result, values in found]
-            return FactoredStep(loss_sums, counts, _together(parts))
+        def of(portion: Sent) -> FactoredStep:
+            result, values = self._remote.stepped(portion, labels, weights, want_fisher)
+            return FactoredStep(*losses([result]), _gradient(result.gradient.factored, values))
 
-        def densely() -> FactoredStep:
-            reply = self._remote.step(sent.dense(), labels, weights)
-            gradient = sent.gradient(reply.gradient, want_fisher)
-            return FactoredStep(reply.loss_sums, reply.token_counts, gradient)
+        def densely() -> StepResult:
+            return self._remote.step(sent.dense(), labels, weights)
 
-        return self._either(by_factors, densely)
+        return self._stepped(sent, self._sent(sent, digests), of, densely, want_fisher)
 
     def client_side_step(
         self,
@@ -124,7 +118,7 @@ class FactoredLanguageModel:
         """The same as `step`, with the loss computed here: in two round trips for each portion."""
         lengths, passes = sent.lengths, self._remote.passes
 
-        def back(portion: Sent) -> tuple[LogitsLoss, FactoredGradient]:
+        def of(portion: Sent) -> FactoredStep:
             tokens, samples = portion.portion.tokens, portion.portion.samples
             positions = predicting_positions(lengths[samples], labels[tokens])
             found = passes.forward(portion, positions)
@@ -134,23 +128,40 @@ class FactoredLanguageModel:
             gradient, values = passes.backward(
                 found.activation, loss.gradient, lambda: portion, positions, want_fisher
             )
-            return loss, _gradient(gradient.factored, values)
+            back = _gradient(gradient.factored, values)
+            return FactoredStep(loss.loss_sums, loss.token_counts, back)
+
+        def densely() -> StepResult:
+            return client_side_step(self._remote, sent.dense(), labels, weights)
+
+        beside = self._remote.logits_sizes(lengths, labels)
+        portions = self._sent(sent, digests, 0, beside)
+        return self._stepped(sent, portions, of, densely, want_fisher)
+
+    def _stepped(
+        self,
+        sent: Factored,
+        portions: Iterator[Sent],
+        of: Callable[[Sent], FactoredStep],
+        densely: Callable[[], StepResult],
+        want_fisher: bool,
+    ) -> FactoredStep:
+        """A step of all its portions, or by the dense wire. Nothing is packed before it is needed."""
 
         def by_factors() -> FactoredStep:
-            beside = self._remote.logits_sizes(lengths, labels)
-            found = [back(portion) for portion in self._sent(sent, digests, 0, beside)]
+            found = [of(portion) for portion in portions]
             return FactoredStep(
-                joined([loss.loss_sums for loss, _ in found]),
-                joined([loss.token_counts for loss, _ in found]),
-                _together([gradient for _, gradient in found]),
+                joined([part.loss_sums for part in found]),
+                joined([part.token_counts for part in found]),
+                _together([part.gradient for part in found]),
             )
 
-        def densely() -> FactoredStep:
-            reply = client_side_step(self._remote, sent.dense(), labels, weights)
+        def by_vectors() -> FactoredStep:
+            reply = densely()
             gradient = sent.gradient(reply.gradient, want_fisher)
             return FactoredStep(reply.loss_sums, reply.token_counts, gradient)
 
-        return self._either(by_factors, densely)
+        return self._either(by_factors, by_vectors)
 
     def score(
         self, sent: Factored, labels: torch.Tensor, digests: Sequence[bytes] = ()

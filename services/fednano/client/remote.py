@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -43,11 +42,6 @@ from fednano.models.language_model import (
 from fednano.wire import codec, llm_pb2, torch_codec
 from fednano.wire.errors import RETRYABLE, Unavailable
 from fednano.wire.tensor_pb2 import FP32, DType, Header
-
-log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
 
 Stepped = tuple[llm_pb2.ForwardBackwardResult, list[torch.Tensor]]
 """A reply, and its gradient's tensors in the order of `gradient_specs`."""
