@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -72,12 +72,28 @@ def test_the_next_batch_is_begun_before_a_step_ends_and_the_numbers_are_equal(
     waiting = Waiting(frozen, begun)
     found = train(replace(trainer, llm=waiting), begun)  # type: ignore[arg-type]
     assert waiting.steps == 6
-    monkeypatch.setattr("fednano.client.trainer.one_ahead", lambda items: nullcontext(iter(items)))
+    monkeypatch.setattr("fednano.client.trainer.one_ahead", one_by_one)
     wanted = train(trainer, begun)
     assert found.loss == wanted.loss
     assert found.samples == wanted.samples == 48
     for name, tensor in {**wanted.adapter, **wanted.fisher}.items():
         assert ({**found.adapter, **found.fisher}[name] == tensor).all(), name
+
+
+class OneByOne(Iterator[Any]):
+    """Nothing is made before it is asked for."""
+
+    def __init__(self, items: Iterable[Any]) -> None:
+        self._items = iter(items)
+
+    def __next__(self) -> Any:
+        return next(self._items)
+
+    def begin(self) -> None: ...
+
+
+def one_by_one(items: Iterable[Any]) -> AbstractContextManager[OneByOne]:
+    return nullcontext(OneByOne(items))
 
 
 class Gone(list[Example]):
@@ -130,6 +146,10 @@ def test_only_one_item_is_made_ahead_on_the_process_s_number_of_threads() -> Non
 
     with one_ahead(items()) as taken:
         for number in taken:
+            assert len(made) == number + 1
+            taken.begin()
+            taken.begin()
             assert len(made) <= number + 2
+    taken.begin()  # a call that was given up may tell of itself later
     assert made == [0, 1, 2, 3]
     assert set(threads) == {torch.get_num_threads()}

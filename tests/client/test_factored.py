@@ -66,7 +66,7 @@ def step(wire: Wire, adapters: NanoAdapters, batch: Batch) -> Outcome:
     """As the trainer does it, with an estimate of the Fisher."""
     own = copy.deepcopy(adapters)
     estimate = FisherEstimate(own)
-    weights = 1 / (batch.label_counts * len(batch))
+    weights = batch.weights
     crossed = wire.step(NanoEdge(own), batch, weights, estimate)
     crossed.backward()
     gradients = {n: p.grad for n, p in own.named_parameters() if p.grad is not None}
@@ -216,7 +216,7 @@ def test_fisher_parts_travel_in_half_of_float32_where_gradients_are_narrow(
     port: int, adapters: NanoAdapters, batch: Batch, dtype: DType, size: int
 ) -> None:
     meter = Meter()
-    weights = 1 / (batch.label_counts * len(batch))
+    weights = batch.weights
     with remote(port, meter=meter, wire_dtype=dtype) as llm:
         wire, received = FactoredWire(FactoredLanguageModel(llm)), []
         for estimate in (None, None, FisherEstimate(adapters)):

@@ -73,7 +73,7 @@ def test_a_divided_step_and_score_are_those_of_the_whole(
     limits, times = LIMITS[limit]
     batch = Batch.of(prepared * times)
     sequences = batch.sequences(NanoEdge(adapters)(batch).detach())
-    arguments = sequences, batch.labels, 1 / (batch.label_counts * len(batch))
+    arguments = sequences, batch.labels, batch.weights
     wanted, score = frozen.step(*arguments), frozen.score(sequences, batch.labels)
     with limited(frozen, **limits) as (llm, asked):
         found, scored = llm.step(*arguments), llm.score(sequences, batch.labels)
@@ -93,7 +93,7 @@ def gradients(wire: Wire, adapters: NanoAdapters, batch: Batch) -> dict[str, tor
     """Of the adapters, and their Fisher."""
     own = copy.deepcopy(adapters)
     estimate = FisherEstimate(own)
-    weights = 1 / (batch.label_counts * len(batch))
+    weights = batch.weights
     wire.step(NanoEdge(own), batch, weights, estimate).backward()
     found = {n: p.grad for n, p in own.named_parameters() if p.grad is not None}
     return found | {n: torch.from_numpy(f) for n, f in estimate.mean().items()}

@@ -7,6 +7,7 @@ after the other.
 from __future__ import annotations
 
 import contextvars
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,27 +25,54 @@ class _End:
 _END: Final = _End()
 
 
+class Ahead(Iterator[T]):
+    """Items that are made by another thread: the next one from `begin` on, at the latest when it is
+    asked for."""
+
+    def __init__(self, pool: ThreadPoolExecutor, items: Iterator[T]) -> None:
+        self._pool = pool
+        self._items = items
+        self._coming: Future[T | _End] | None = None
+        self._lock = threading.Lock()
+        self.begin()
+
+    def begin(self) -> None:
+        """May be called from any thread, and again."""
+        with self._lock:
+            if self._coming is None:
+                context = contextvars.copy_context()  # lines of that thread, too, tell the run
+                self._coming = self._pool.submit(context.run, self._make)
+
+    def end(self) -> None:
+        """From now on `begin` begins nothing."""
+        with self._lock:
+            self._coming = self._coming or Future()
+
+    def _make(self) -> T | _End:
+        return next(self._items, _END)
+
+    def __next__(self) -> T:
+        self.begin()
+        assert self._coming is not None, "just begun"
+        item = self._coming.result()
+        if isinstance(item, _End):
+            raise StopIteration
+        self._coming = None
+        return item
+
+
 @contextmanager
-def one_ahead(items: Iterable[T]) -> Iterator[Iterator[T]]:
-    """`items`, each made by one thread of their own while the caller uses the one before.
+def one_ahead(items: Iterable[T]) -> Iterator[Ahead[T]]:
+    """`items`, each made by one thread of their own, the first at once.
 
     What making an item raises is raised where that item would have come. On leaving, the thread ends
     with what it is at.
     """
     # Each thread has a number of its own for OpenMP, which is not the process's until it is set.
     pool = ThreadPoolExecutor(1, "ahead", torch.set_num_threads, (torch.get_num_threads(),))
+    ahead = Ahead(pool, iter(items))
     try:
-        yield _taken(pool, iter(items))
+        yield ahead
     finally:
+        ahead.end()
         pool.shutdown(cancel_futures=True)
-
-
-def _taken(pool: ThreadPoolExecutor, items: Iterator[T]) -> Iterator[T]:
-    def begin() -> Future[T | _End]:
-        context = contextvars.copy_context()  # that thread's lines, too, tell run and client
-        return pool.submit(lambda: context.run(lambda: next(items, _END)))
-
-    coming = begin()
-    while not isinstance(item := coming.result(), _End):
-        coming = begin()
-        yield item

@@ -66,6 +66,11 @@ class Batch:
         return counts.index_add_(0, self.sample_of, (self.labels != IGNORED).float())
 
     @cached_property
+    def weights(self) -> torch.Tensor:
+        """[samples]: of each sample's loss sum, for the batch's to be a mean of its samples' means."""
+        return 1 / (self.label_counts * len(self))
+
+    @cached_property
     def stretches(self) -> list[tuple[Modality, torch.Tensor]]:
         """Of `base`: views of what lies side by side and is of one modality, across samples."""
         kinds = [(s.modality, s.length) for sample in self.segments for s in sample]

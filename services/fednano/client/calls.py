@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from structlog.contextvars import bound_contextvars
 
+from fednano.client.messages import unheard
 from fednano.client.meter import Kind, Meter
 from fednano.client.replicas import SERVICE, Replica, Replicas
 from fednano.client.retries import retried
@@ -91,15 +92,22 @@ class Calls:
         return message
 
     def stream(
-        self, rpc: str, request: Callable[..., Any], head: Any, body: Iterable[codec.Buffer]
+        self,
+        rpc: str,
+        request: Callable[..., Any],
+        head: Any,
+        body: Iterable[codec.Buffer],
+        under_way: Callable[[], None] = unheard,
     ) -> Iterator[Any]:
-        """The messages of a request: its head, then the bytes that it announces."""
+        """The messages of a request: its head, then the bytes that it announces; `under_way` is told
+        when they have been taken."""
         first = request(head=head)
         self.sent(first)
         yield first
         for chunk in codec.chunked(body):
             self.meter.chunk("sent", _CHUNK_KINDS[rpc][0], len(chunk))
             yield request(chunk=chunk)
+        under_way()
 
     def collect(
         self, rpc: str, replies: Iterator[Any], specs: Callable[[Any], list[TensorSpec]]

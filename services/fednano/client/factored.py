@@ -10,7 +10,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import zip_longest
 from typing import TypeVar
@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 
 from fednano.client.losses import LogitsLoss, client_side_step, predicting_positions
-from fednano.client.messages import Sent, low_rank_size, samples_of
+from fednano.client.messages import Sent, low_rank_size, samples_of, unheard
 from fednano.client.portions import Portion, cut, joined
 from fednano.client.remote import RemoteLanguageModel, losses
 from fednano.client.replicas import Replica
@@ -94,12 +94,14 @@ class FactoredLanguageModel:
         weights: torch.Tensor,
         want_fisher: bool = False,
         digests: Sequence[bytes] = (),
+        under_way: Callable[[], None] = unheard,
     ) -> FactoredStep:
         """Loss and gradient of sum_i weights[i] * loss_i. `sent.base` is `held`; the digests are made
-        again where they are not given."""
+        again where they are not given. `under_way` is told each time that a request has been sent."""
 
         def of(portion: Sent) -> FactoredStep:
-            result, values = self._remote.stepped(portion, labels, weights, want_fisher)
+            told = replace(portion, under_way=under_way)
+            result, values = self._remote.stepped(told, labels, weights, want_fisher)
             return FactoredStep(*losses([result]), _gradient(result.gradient.factored, values))
 
         def densely() -> StepResult:
@@ -114,6 +116,7 @@ class FactoredLanguageModel:
         weights: torch.Tensor,
         want_fisher: bool = False,
         digests: Sequence[bytes] = (),
+        under_way: Callable[[], None] = unheard,
     ) -> FactoredStep:
         """The same as `step`, with the loss computed here: in two round trips for each portion."""
         lengths, passes = sent.lengths, self._remote.passes
@@ -121,7 +124,7 @@ class FactoredLanguageModel:
         def of(portion: Sent) -> FactoredStep:
             tokens, samples = portion.portion.tokens, portion.portion.samples
             positions = predicting_positions(lengths[samples], labels[tokens])
-            found = passes.forward(portion, positions)
+            found = passes.forward(replace(portion, under_way=under_way), positions)
             loss = LogitsLoss.of(
                 found.logits, positions, lengths[samples], labels[tokens], weights[samples]
             )

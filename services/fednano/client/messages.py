@@ -27,6 +27,10 @@ def _plainly(replica: Replica, call: Callable[[], T]) -> T:
     return call()
 
 
+def unheard() -> None:
+    """Where nobody waits for a request to be under way."""
+
+
 @dataclass(frozen=True)
 class Sent:
     """Embeddings as they travel in one request: the first message's part, and the bytes that follow."""
@@ -36,6 +40,8 @@ class Sent:
     portion: Portion = WHOLE
     """Of a batch: which part of it these are."""
     around: Around = _plainly
+    under_way: Callable[[], None] = unheard
+    """Told by gRPC's thread, at each try, once the last of it has been handed over."""
 
 
 def announced(sequences: Sequences, dtype: DType) -> llm_pb2.Embeddings:

@@ -41,7 +41,9 @@ class Passes:
         )
 
         def call(replica: Replica) -> ForwardResult:
-            requests = self._calls.stream("Forward", llm_pb2.ForwardRequest, head, sent.body)
+            requests = self._calls.stream(
+                "Forward", llm_pb2.ForwardRequest, head, sent.body, sent.under_way
+            )
             with self._calls.calling("Forward", head.header) as options:
                 replies = replica.stub.Forward(requests, **options)
                 first, values = self._calls.collect("Forward", replies, lambda r: [r.result.logits])

@@ -109,7 +109,7 @@ class ConnectorPlacement(Placement):
         the step before left it."""
         prepared = Batch.of([self.half.prepare(example) for example in examples])
         batch = self.half.filled(prepared, examples)
-        weights = 1 / (batch.label_counts * len(batch))
+        weights = batch.weights
         wire = DenseWire(self.llm, self.loss)
         crossed = wire.step(NanoEdge(NanoAdapters({})), batch, weights, None)
         if not batch.base.requires_grad:  # no image among them, so nothing to go on into

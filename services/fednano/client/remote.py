@@ -147,7 +147,7 @@ class RemoteLanguageModel:
             message = self.calls.whole(head, sent.body)
             return iter([replica.step_in_one(message, **options)])
         requests = self.calls.stream(
-            "ForwardBackward", llm_pb2.ForwardBackwardRequest, head, sent.body
+            "ForwardBackward", llm_pb2.ForwardBackwardRequest, head, sent.body, sent.under_way
         )
         return replica.stub.ForwardBackward(requests, **options)
 

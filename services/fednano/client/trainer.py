@@ -154,7 +154,10 @@ class Trainer:
                 progress(ready.share)
                 last = ready.number == passes - 1 and fisher != "none"
                 with named(ready.examples):
-                    crossed = _step(nano, ready.batch, wire, estimate if last else None)
+                    weights = ready.batch.weights
+                    crossed = wire.step(
+                        nano, ready.batch, weights, estimate if last else None, batches.begin
+                    )
                 if ready.number < settings.epochs:
                     learning.step(crossed)
                 if ready.number == settings.epochs - 1:
@@ -207,6 +210,7 @@ class Trainer:
         nano = NanoEdge(adapters)
         with one_ahead(self._ready(examples, batch_size)) as batches:
             for ready in batches:
+                batches.begin()
                 progress(ready.share)
                 with named(ready.examples):
                     score = self._wire().score(nano, ready.batch)
@@ -244,6 +248,7 @@ class Trainer:
         losses: list[float] = []
         with one_ahead(self._ready(texts, batch_size)) as batches:
             for ready in batches:
+                batches.begin()
                 progress(part.share)
                 with named(ready.examples):
                     losses += mean_losses(self._wire().score(nano, ready.batch))
@@ -271,12 +276,6 @@ class Trainer:
         for tokens in self._wire().generate(NanoEdge(adapters), batch, sampling, low_rank):
             for token in tokens:
                 yield token.sample, token.id
-
-
-def _step(nano: NanoEdge, batch: Batch, wire: Wire, estimate: FisherEstimate | None) -> Crossed:
-    """Across the cut and back; the batch's loss is a mean of its samples' means."""
-    weights = 1 / (batch.label_counts * len(batch))
-    return wire.step(nano, batch, weights, estimate)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from fednano.client.edge import NanoEdge
 from fednano.client.factored import FactoredLanguageModel
 from fednano.client.fisher import FisherEstimate
 from fednano.client.losses import client_side_step
+from fednano.client.messages import unheard
 from fednano.models.language_model import LanguageModel, LowRank, NewToken, Sampling, ScoreResult
 
 
@@ -35,9 +36,15 @@ class Wire(Protocol):
         ...
 
     def step(
-        self, nano: NanoEdge, batch: Batch, weights: torch.Tensor, estimate: FisherEstimate | None
+        self,
+        nano: NanoEdge,
+        batch: Batch,
+        weights: torch.Tensor,
+        estimate: FisherEstimate | None,
+        under_way: Callable[[], None] = unheard,
     ) -> Crossed:
-        """The gradient is that of sum_i weights[i] * loss_i; `estimate` is told of it."""
+        """The gradient is that of sum_i weights[i] * loss_i; `estimate` is told of it, and `under_way`
+        when there is little to do here until the LLM has answered: once or more, by any thread."""
         ...
 
     def score(self, nano: NanoEdge, batch: Batch) -> ScoreResult: ...
@@ -58,10 +65,16 @@ class DenseWire:
         return Batch.of(examples)
 
     def step(
-        self, nano: NanoEdge, batch: Batch, weights: torch.Tensor, estimate: FisherEstimate | None
+        self,
+        nano: NanoEdge,
+        batch: Batch,
+        weights: torch.Tensor,
+        estimate: FisherEstimate | None,
+        under_way: Callable[[], None] = unheard,
     ) -> Crossed:
         hidden = nano(batch)  # [tokens, hidden], adapters applied
         sequences = batch.sequences(hidden.detach())
+        under_way()
         if self.loss == "client":
             reply = client_side_step(self.llm, sequences, batch.labels, weights)
         else:
@@ -90,12 +103,17 @@ class FactoredWire:
         return Batch.of(examples, *self.llm.held([example.base for example in examples]))
 
     def step(
-        self, nano: NanoEdge, batch: Batch, weights: torch.Tensor, estimate: FisherEstimate | None
+        self,
+        nano: NanoEdge,
+        batch: Batch,
+        weights: torch.Tensor,
+        estimate: FisherEstimate | None,
+        under_way: Callable[[], None] = unheard,
     ) -> Crossed:
         held = self._held(batch)
         sent = nano.factored(held)
         step = self.llm.client_side_step if self.loss == "client" else self.llm.step
-        reply = step(sent, batch.labels, weights, estimate is not None, held.digests)
+        reply = step(sent, batch.labels, weights, estimate is not None, held.digests, under_way)
         if estimate is not None:
             estimate.add_factored(held, reply.gradient, weights)
 

@@ -122,8 +122,10 @@ class BaseStore:
         files: BaseFiles | None = None,
         clock: Callable[[], float] = time.monotonic,
         looked_up: Callable[[int, int], None] = lambda hits, misses: None,
+        placed: Callable[[codec.Buffer], codec.Buffer] = lambda data: data,
     ) -> None:
-        """`seconds` without use end a base; `looked_up` is told of every `get`."""
+        """`seconds` without use end a base; `looked_up` is told of every `get`. What `placed` returns
+        is kept in memory instead."""
         self._seconds = seconds
         self._clock = clock
         self._files = files
@@ -131,6 +133,7 @@ class BaseStore:
         self._disk = _Shelf(files.limit if files else 0)
         self._lock = threading.Lock()
         self._looked_up = looked_up
+        self._placed = placed
 
     def __len__(self) -> int:
         return len(self._memory) + len(self._disk)
@@ -148,7 +151,8 @@ class BaseStore:
         with self._lock:
             if self._shelf_of(owner, digest) is not None:
                 return
-            entry = _Kept(base.dtype, base.shape, len(base.data), self._clock(), base.data)
+            data = self._placed(base.data)
+            entry = _Kept(base.dtype, base.shape, len(data), self._clock(), data)
             self._memory.add(owner, digest, entry)
             self._fit()
 

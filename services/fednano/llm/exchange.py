@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from google.protobuf.message import Message
 
 from fednano.llm.bases import Owner
+from fednano.llm.beside import Beside
 from fednano.llm.incoming import Incoming
 from fednano.llm.jobs import Job, Sender
 from fednano.llm.jobs import Kind as Priority
@@ -75,9 +77,17 @@ def owner_of(identity: Identity) -> Owner:
 class Exchange:
     """Shared by all calls of a service; holds nothing of any of them."""
 
-    def __init__(self, fingerprint: str, limits: Limits, worker: Worker, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        fingerprint: str,
+        limits: Limits,
+        worker: Worker,
+        metrics: Metrics,
+        beside: Beside,
+    ) -> None:
         self._fingerprint = fingerprint
         self.limits = limits
+        self._beside = beside
         self._worker = worker
         self._metrics = metrics
         metrics.allow(worker.limit)
@@ -124,14 +134,19 @@ class Exchange:
         """The announced embeddings, checked off the event loop unless they are small."""
         kinds: list[Kind] = ["embeddings"] * len(embeddings.specs)
         data = await self.payload(incoming, embeddings.specs, kinds)
-        if incoming.body:
+        if self.small(incoming):
             return embeddings.read(data)
         return await self.checked(embeddings.read, data)
 
+    def small(self, incoming: Incoming) -> bool:
+        """Whether a thread to check a request, or its reply, costs more than that itself. A GPU is
+        waited for, however little is copied."""
+        return bool(incoming.body) and not self._beside.apart
+
     async def checked(self, read: Callable[[D], T], data: D) -> T:
-        """`read(data)` off the event loop."""
+        """`read(data)` off the event loop, beside what the device computes."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.checkers, read, data)
+        return await loop.run_in_executor(self.checkers, self._beside, partial(read, data))
 
     async def compute(
         self, rpc: str, work: Callable[[], T], header: Header, tokens: int

@@ -14,7 +14,7 @@ from fednano.llm.requests import Layout, Limits, Received
 from fednano.models.factored import Factored, FactoredGradient, fisher_dtype
 from fednano.models.language_model import Modality
 from fednano.wire import llm_pb2
-from fednano.wire.errors import BadTensor, Busy, InvalidRequest, Unsupported
+from fednano.wire.errors import BadTensor, InvalidRequest, Unsupported
 from fednano.wire.tensor_pb2 import DType, TensorSpec
 
 PackedGradient = tuple[llm_pb2.Gradient, list[Packed]]
@@ -41,12 +41,10 @@ class Factors(Layout):
             modality: requests.floats(f"embeddings.right[{int(modality)}]", spec, buffer)
             for (modality, spec), buffer in zip(self.right.items(), data[1:], strict=False)
         }
-        try:
-            base = torch.cat([base.tensor().to(self.device).float() for base in self.bases])
-            factored = Factored(base, left, right, self.segments).to(self.device)
+        with requests.room_on_device():
+            bases = [base.tensor().to(self.device, non_blocking=True) for base in self.bases]
+            factored = Factored(torch.cat(bases), left, right, self.segments).to(self.device)
             return Received(factored.dense(), factored)
-        except torch.OutOfMemoryError as error:
-            raise Busy("the device has no memory for this; send less, or try later") from error
 
 
 def announced(

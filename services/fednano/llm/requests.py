@@ -6,7 +6,8 @@ Each function raises InvalidRequest or BadTensor with the field, what was expect
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -26,7 +27,7 @@ from fednano.models.language_model import (
     Sequences,
 )
 from fednano.wire import codec, llm_pb2, torch_codec
-from fednano.wire.errors import BadTensor, InvalidRequest, Unsupported
+from fednano.wire.errors import BadTensor, Busy, InvalidRequest, Unsupported
 from fednano.wire.tensor_pb2 import BF16, FP32, INT8, DType, Tensor, TensorSpec
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class Announced(Layout):
     """Embeddings whose values follow in chunks."""
 
     spec: TensorSpec
+    device: torch.device  # to which they go
 
     @property
     def specs(self) -> list[TensorSpec]:
@@ -93,19 +95,26 @@ class Announced(Layout):
         return [self.spec]
 
     def read(self, data: Sequence[memoryview]) -> Received:
-        """The whole, from the buffers of `specs`. Raises BadTensor."""
-        return Received(self.sequences(data[0]))
-
-    def sequences(self, data: memoryview) -> Sequences:
-        """The whole, once the bytes have come. Raises BadTensor for NaN and infinity."""
-        return Sequences(floats("embeddings", self.spec, data), self.segments)
+        """The whole, from the buffers of `specs`. Raises BadTensor, or Busy."""
+        values = floats("embeddings", self.spec, data[0])
+        with room_on_device():
+            return Received(Sequences(values.to(self.device), self.segments))
 
 
-def announced(message: llm_pb2.Embeddings, limits: Limits) -> Announced:
+def announced(message: llm_pb2.Embeddings, limits: Limits, device: torch.device) -> Announced:
     """The first message's half of the embeddings, which must be dense."""
     found, spec = layout(message, limits), message.dense.values
     check_spec("embeddings", spec, (found.tokens, limits.hidden))
-    return Announced(found.segments, spec)
+    return Announced(found.segments, spec, device)
+
+
+@contextmanager
+def room_on_device() -> Iterator[None]:
+    """Raises Busy where there is none for a request."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise Busy("the device has no memory for this; send less, or try later") from error
 
 
 def layout(message: llm_pb2.Embeddings, limits: Limits) -> Layout:

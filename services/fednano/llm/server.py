@@ -25,6 +25,7 @@ from fednano import __version__, logs
 from fednano.llm.base_files import BaseFiles
 from fednano.llm.bases import BaseStore
 from fednano.llm.batcher import Batcher
+from fednano.llm.beside import Beside, page_locked
 from fednano.llm.exchange import Exchange
 from fednano.llm.metrics import Metrics
 from fednano.llm.ranks import LeadingLLM, follow, kept_together
@@ -70,10 +71,11 @@ class LlmServer:
         self._metrics = Metrics()
         batcher = Batcher(batch_tokens(settings, engine), settings.generations)
         self._worker = Worker(settings.queue, batcher, self._metrics.batch)
+        beside = Beside(engine.device)
         self._exchange = Exchange(
-            engine.fingerprint, limits_of(settings, engine), self._worker, self._metrics
+            engine.fingerprint, limits_of(settings, engine), self._worker, self._metrics, beside
         )
-        self._bases = bases_of(settings, self._metrics)
+        self._bases = bases_of(settings, self._metrics, beside)
         self._verifier = settings.verifier()
         self._health = health.aio.HealthServicer()
         self._server = make_server(self._authenticate)
@@ -191,7 +193,7 @@ def batch_tokens(settings: LlmSettings, engine: FrozenLLM) -> int:
     return 1024 if engine.device.type == "cpu" else 8192
 
 
-def bases_of(settings: LlmSettings, metrics: Metrics) -> BaseStore | None:
+def bases_of(settings: LlmSettings, metrics: Metrics, beside: Beside) -> BaseStore | None:
     """None where the factored wire is not offered. Raises InvalidRequest for a directory that can't
     be used."""
     if not settings.base_mebibytes:
@@ -200,7 +202,13 @@ def bases_of(settings: LlmSettings, metrics: Metrics) -> BaseStore | None:
     if settings.base_directory is not None:
         files = BaseFiles(settings.base_directory, settings.base_disk_mebibytes << 20)
     memory = settings.base_mebibytes << 20
-    store = BaseStore(memory, settings.base_seconds, files, looked_up=metrics.looked_up)
+    store = BaseStore(
+        memory,
+        settings.base_seconds,
+        files,
+        looked_up=metrics.looked_up,
+        placed=page_locked if beside.apart else lambda data: data,
+    )
     metrics.hold(store)
     return store
 

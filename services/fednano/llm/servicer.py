@@ -36,6 +36,8 @@ from fednano.wire.headers import PROTOCOL, check_header
 from fednano.wire.interceptors import Context, caller
 from fednano.wire.tensor_pb2 import FP32
 
+PackedLogits = tuple[str, Packed]
+"""The activation's name, and logits [wanted, vocabulary]."""
 _NO_BASES = "the factored wire is not offered by this service; send dense embeddings"
 
 
@@ -100,11 +102,10 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
             embeddings = await self._announced(head.embeddings)
             positions = requests.positions(head.positions, embeddings.tokens, self._limits)
             received = await self._exchange.received(incoming, embeddings)
-            found, job = await self._forwarded(head, received, positions)
+            (activation, body), job = await self._forwarded(head, received, positions)
             self._metrics.tokens("Forward", embeddings.tokens)
-            body = Packed.of("logits", found.logits, FP32)
             result = llm_pb2.ForwardResult(
-                activation=found.activation, logits=body.spec, spent=_spent(job)
+                activation=activation, logits=body.spec, spent=_spent(job)
             )
             yield self._exchange.counted(llm_pb2.ForwardReply(result=result))
             for chunk in self._exchange.chunks("logits", body):
@@ -154,7 +155,6 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
             received = await self._exchange.received(incoming, embeddings)
 
             def finish(found: StepResult) -> tuple[StepResult, PackedGradient]:
-                # Copied here: a copy from a GPU waits for what runs there, and the loop would with it.
                 losses, counts = found.loss_sums.cpu(), found.token_counts.cpu()
                 _check_losses(losses)
                 gradient = packed_gradient(
@@ -163,8 +163,7 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
                 return StepResult(losses, counts, found.gradient), gradient
 
             work = Steps(self._engine.step, received.sequences, labels, weights)
-            # A copy from a GPU waits for it, however small.
-            small = bool(incoming.body) and self._engine.device.type == "cpu"
+            small = self._exchange.small(incoming)
             (found, (gradient, bodies)), job = await self._exchange.joined(
                 "ForwardBackward", work, head.header, finish, small=small
             )
@@ -260,25 +259,25 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
 
     async def _forwarded(
         self, head: llm_pb2.ForwardHead, received: Received, positions: torch.Tensor
-    ) -> tuple[ForwardResult, Job[ForwardResult]]:
+    ) -> tuple[PackedLogits, Job[Any]]:
         """A pass of which nothing is kept may share its batch; a kept graph is one request's own."""
         sequences, factored = received.sequences, received.factored
         if head.keep:
             origin = factored.without_base() if factored else None
             return await self._exchange.compute(
                 "Forward",
-                lambda: self._engine.forward(sequences, positions, origin=origin),
+                lambda: _packed(self._engine.forward(sequences, positions, origin=origin)),
                 head.header,
                 len(sequences.values),
             )
         forward = partial(self._engine.forward, keep=False)
         work = Logits(forward, sequences, positions)
-        return await self._exchange.joined("Forward", work, head.header, lambda found: found)
+        return await self._exchange.joined("Forward", work, head.header, _packed)
 
     async def _announced(self, message: llm_pb2.Embeddings) -> Announced | Factors:
         """The first message's embeddings, dense or factored. Raises UnknownBase."""
         if message.WhichOneof("form") != "factored":
-            return requests.announced(message, self._limits)
+            return requests.announced(message, self._limits, self._engine.device)
         if self._bases is None:
             raise Unsupported(_NO_BASES)
         read = partial(
@@ -314,6 +313,10 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
             version=__version__,
             protocol=PROTOCOL,
         )
+
+
+def _packed(found: ForwardResult) -> PackedLogits:
+    return found.activation, Packed.of("logits", found.logits, FP32)
 
 
 def _checked(found: ScoreResult) -> ScoreResult:

@@ -190,7 +190,9 @@ class FrozenLLM:
     def step(self, sequences: Sequences, labels: torch.Tensor, weights: torch.Tensor) -> StepResult:
         """Loss and gradient in one go: one forward, one backward, to the inputs only."""
         divisible = len(sequences.lengths) > 1  # smaller batches cost less than computing again
-        return self._with_graph(lambda: self._step(sequences, labels, weights), divisible)
+        return self._done(
+            self._with_graph(lambda: self._step(sequences, labels, weights), divisible)
+        )
 
     @torch.inference_mode()
     def score(self, sequences: Sequences, labels: torch.Tensor) -> ScoreResult:
@@ -200,9 +202,8 @@ class FrozenLLM:
         losses, logits = self._losses(self._placed(sequences), padding, predictions)
         hits = predictions.sums((logits.argmax(dim=-1) == predictions.targets).int())
         home = sequences.values.device
-        return ScoreResult(
-            predictions.sums(losses).to(home), _counts(predictions).to(home), hits.int().to(home)
-        )
+        sums, counts = predictions.sums(losses), _counts(predictions)
+        return self._done(ScoreResult(sums.to(home), counts.to(home), hits.int().to(home)))
 
     def forward(
         self,
@@ -217,7 +218,7 @@ class FrozenLLM:
         if not keep:
             with torch.no_grad():
                 logits = self._logits(self._placed(sequences), self._padding(sequences), positions)
-            return ForwardResult("", logits.to(home))
+            return self._done(ForwardResult("", logits.to(home)))
         activation = self.activate(sequences, positions)
         name = self.activations.put(activation, origin)
         return ForwardResult(name, activation.logits.detach().to(home))
@@ -289,6 +290,12 @@ class FrozenLLM:
         Where this raises, no answer has changed but for its cache: each may be tried again.
         """
         return write(self._model, answers)
+
+    def _done(self, result: R) -> R:
+        """`result` once a GPU has computed it: others may use it in streams of their own."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        return result
 
     def _with_graph(self, compute: Callable[[], R], divisible: bool = False) -> R:
         """Once more with layers computed again on the way back, where that is the last resort."""

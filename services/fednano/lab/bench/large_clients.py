@@ -161,7 +161,7 @@ def _in_pieces(engine: FrozenLLM, piece: Batch, pieces: int) -> None:
 
 
 def _weights(batch: Batch) -> torch.Tensor:
-    return 1 / (batch.label_counts * len(batch))
+    return batch.weights
 
 
 def _sent(

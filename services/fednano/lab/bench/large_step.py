@@ -165,7 +165,7 @@ class Sides:
             start = time.perf_counter()
             with engine.device:  # indices are made where the vectors lie
                 for _ in range(self.steps):
-                    weights = 1 / (batch.label_counts * len(batch))
+                    weights = batch.weights
                     crossed = wire.step(nano, batch, weights, None)
                     learning.step(crossed)
                     crossed.loss_sums.tolist()  # as a training loop looks at it; waits for the device

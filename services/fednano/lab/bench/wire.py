@@ -148,7 +148,7 @@ def _gradients(
 
 def _gradient(wire: Wire, adapters: NanoAdapters, batch: Batch) -> dict[str, torch.Tensor]:
     own = copy.deepcopy(adapters)
-    weights = 1 / (batch.label_counts * len(batch))
+    weights = batch.weights
     wire.step(NanoEdge(own), batch, weights, None).backward()
     return {name: p.grad for name, p in own.named_parameters() if p.grad is not None}
 
