@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from fednano.models.activations import Activations
-from fednano.models.frozen import FrozenLLM, pick_device
+from fednano.models.devices import pick_device
+from fednano.models.frozen import FrozenLLM
 from fednano.models.language_model import IGNORED, LowRank, NewToken, Sampling, Sequences
 from fednano.wire.errors import InvalidRequest, UnknownActivation
 from torch.nn.functional import cross_entropy

@@ -121,7 +121,8 @@ def _placement(
     if where == "connector":
         edge = ConnectorEdge(settings.edge, llm, cache_of(llm.fingerprint))
         return ConnectorPlacement(edge, llm)
-    return NanoPlacement(Trainer(EdgeHalf(settings.edge, llm), llm), scale)
+    half = EdgeHalf(settings.edge, llm, device=settings.device)
+    return NanoPlacement(Trainer(half, llm), scale)
 
 
 def _found(coordinator: CoordinatorClient, which: Which) -> Adapter:

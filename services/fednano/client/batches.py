@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 
@@ -78,8 +78,12 @@ class Batch:
         views = self.base.split([length for _, length in runs])
         return [(modality, x) for (modality, _), x in zip(runs, views, strict=True)]
 
+    def to(self, device: torch.device) -> Batch:
+        """With `base` there; everything else stays where requests are made."""
+        return self if self.base.device == device else replace(self, base=self.base.to(device))
+
     def rows(self, modality: Modality) -> torch.Tensor:
-        """Indices into the packed tokens of all that are of one modality."""
+        """Indices into the packed tokens of all that are of one modality, on the CPU."""
         spans, offset = [], 0
         for sample, length in zip(self.segments, self.lengths, strict=True):
             for s in sample:

@@ -235,7 +235,7 @@ class Client:
         if self._cache is None:
             record = read_record(self.settings.edge, "edge")
             self._cache = FeatureCache(record.fingerprint, self.settings.cache_dir)
-        return EdgeHalf(self.settings.edge, llm, self._cache)
+        return EdgeHalf(self.settings.edge, llm, self._cache, self.settings.device)
 
 
 def config_of(member: pb.Membership) -> RunConfig:

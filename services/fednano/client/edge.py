@@ -22,6 +22,7 @@ from fednano.client.cache import FeatureCache
 from fednano.client.examples import Example
 from fednano.models.checkpoint import HalfRecord, read_record
 from fednano.models.compute import unquantised
+from fednano.models.devices import DeviceName, pick_device
 from fednano.models.factored import Factored
 from fednano.models.language_model import IGNORED, LanguageModel, Modality, Segment
 from fednano.models.llava import LlavaFront
@@ -54,16 +55,22 @@ class EdgeHalf:
     """The frozen half of a checkpoint: from pixels and text to vectors before the adapters."""
 
     def __init__(
-        self, directory: Path, llm: LanguageModel, cache: FeatureCache | None = None
+        self,
+        directory: Path,
+        llm: LanguageModel,
+        cache: FeatureCache | None = None,
+        device: DeviceName = "cpu",
     ) -> None:
-        """Raises InvalidRequest where `directory` is no edge half, or not of the LLM's model."""
+        """`device` encodes, and is where the trainer has adapters. Raises InvalidRequest where there is
+        none such, or `directory` is no edge half, or not of the LLM's model."""
+        self.device = pick_device(device)
         disable_progress_bar()
         self.record: HalfRecord = read_record(directory, "edge")
         if unquantised(llm.fingerprint) != self.record.fingerprint:
             raise InvalidRequest.of("model fingerprint", llm.fingerprint, self.record.fingerprint)
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         self.processor: Any = AutoProcessor.from_pretrained(directory, local_files_only=True)
-        self._front = LlavaFront.load(directory, config, torch.float32)
+        self._front = LlavaFront.load(directory, config, torch.float32).to(self.device)
         self._image_token: int = config.image_token_id
         self._cache = cache if cache is not None else FeatureCache(self.record.fingerprint)
         table = load_file(directory / EMBEDDINGS)["embeddings"] if self.record.embeddings else None
@@ -84,7 +91,7 @@ class EdgeHalf:
 
     def _encode(self, image: Image.Image) -> torch.Tensor:
         pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
-        return self._front.encode(pixels)[0].float()
+        return self._front.encode(pixels)[0].float().cpu()
 
     def prepare(self, example: Example, with_answer: bool = True) -> Prepared:
         """Prompt and, for training and scoring, the answer and its end token, which are labelled.
@@ -160,7 +167,7 @@ class NanoEdge(nn.Module):
         """[tokens, hidden]: image tokens through a_image, text tokens through a_text."""
         hidden = batch.base.clone()
         for modality, adapter in self.adapters.items():
-            rows = batch.rows(modality)
+            rows = batch.rows(modality).to(hidden.device)
             if len(rows):
                 hidden.index_add_(0, rows, adapter(batch.base[rows]))
         return hidden

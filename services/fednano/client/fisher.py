@@ -18,14 +18,16 @@ class FisherEstimate:
 
     def __init__(self, adapters: NanoAdapters) -> None:
         self._adapters = adapters
-        self._sums = {name: torch.zeros(t.shape) for name, t in adapters.to_tensors().items()}
+        self._sums = {name: torch.zeros_like(p) for name, p in adapters.named().items()}
         self._samples = 0
 
     @torch.no_grad()
     def add(self, batch: Batch, gradient: torch.Tensor, weights: torch.Tensor) -> None:
         """`gradient` [tokens, hidden] is that of sum_i weights[i] * (loss sum of sample i)."""
         per_token = 1 / (batch.label_counts * weights)  # undoes the weighting, leaves sample means
-        own = gradient * per_token[batch.sample_of, None]
+        own = (gradient * per_token[batch.sample_of, None].to(gradient.device)).to(
+            batch.base.device
+        )
         for modality, adapter in self._adapters.items():
             rows = batch.rows(modality)
             if not len(rows):
@@ -54,17 +56,19 @@ class FisherEstimate:
             if not len(rows):
                 continue
             rank, name = len(adapter.down), modality.name.lower()
-            left = _by_sample(batch, rows, own)[..., :rank]
+            left = _by_sample(batch, rows, own)[..., :rank].to(batch.base.device)
             down = torch.einsum("btr,btd->brd", left, _by_sample(batch, rows, batch.base))
             up = gradient.fisher[modality][:rank].T * (adapter.scale * factor) ** 2
             self._sums[f"{name}.down"] += down.square().sum(0)
-            self._sums[f"{name}.up"] += up
+            self._sums[f"{name}.up"] += up.to(down.device)
         self._samples += len(batch)
 
     def mean(self) -> Tensors:
         """By `fisher.<tensor>`, fp32; zero where no sample touched a tensor."""
         count = max(self._samples, 1)
-        return {f"fisher.{name}": (total / count).numpy() for name, total in self._sums.items()}
+        return {
+            f"fisher.{name}": (total / count).cpu().numpy() for name, total in self._sums.items()
+        }
 
 
 def _by_sample(batch: Batch, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

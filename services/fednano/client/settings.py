@@ -33,6 +33,10 @@ class ClientSettings(CallerTls):
     role: Literal["trainer", "evaluator"] = Field("trainer", description="what it does in a run")
     data: Path | None = Field(None, description="JSONL file, for runs on the clients' own data")
     cache_dir: Path | None = Field(None, description="keep encoded images here (mode 0700)")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "cpu",
+        description="where images are encoded and NanoAdapters trained; auto: a GPU if there is",
+    )
     threads: int = Field(1, ge=1, description="torch threads")
     once: bool = Field(False, description="end with the first run: 0 finished, 1 otherwise")
     heartbeat_seconds: float = Field(2.0, gt=0, description="between signs of life")

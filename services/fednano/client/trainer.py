@@ -143,6 +143,7 @@ class Trainer:
         c - c_i, its gradients are SCAFFOLD's; a tensor that it lacks is 0.
         """
         start = time.perf_counter()
+        adapters.to(self.edge.device)
         corrected = Correction(adapters, correction) if correction is not None else None
         learning = Learning.begin(adapters.parameters(), settings, mu, corrected)
         nano, estimate = NanoEdge(adapters), FisherEstimate(adapters)
@@ -184,7 +185,7 @@ class Trainer:
         for start in range(0, len(examples), size):
             chosen = list(examples[start : start + size])  # opens their images
             batch = self._wire().ready([self.edge.prepare(example) for example in chosen])
-            yield Ready(chosen, batch, start / len(examples))
+            yield Ready(chosen, batch.to(self.edge.device), start / len(examples))
 
     def _wire(self, loss: str = "server") -> Wire:
         return FactoredWire(self.factored, loss) if self.factored else DenseWire(self.llm, loss)
@@ -207,7 +208,7 @@ class Trainer:
         judged: list[Judgement] = []
         ranked: list[Rank] = []
         losses: list[float] = []
-        nano = NanoEdge(adapters)
+        nano = NanoEdge(adapters.to(self.edge.device))
         with one_ahead(self._ready(examples, batch_size)) as batches:
             for ready in batches:
                 batches.begin()
@@ -271,9 +272,10 @@ class Trainer:
     ) -> Iterator[tuple[int, int]]:
         """(sample, token) as the LLM produces them."""
         batch = Batch.of([self.edge.prepare(e, with_answer=False) for e in examples])
+        batch, nano = batch.to(self.edge.device), NanoEdge(adapters.to(self.edge.device))
         text = adapters.of(Modality.TEXT)
         low_rank = text.low_rank() if text else None
-        for tokens in self._wire().generate(NanoEdge(adapters), batch, sampling, low_rank):
+        for tokens in self._wire().generate(nano, batch, sampling, low_rank):
             for token in tokens:
                 yield token.sample, token.id
 

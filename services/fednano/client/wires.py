@@ -81,7 +81,8 @@ class DenseWire:
             reply = self.llm.step(sequences, batch.labels, weights)
         if estimate is not None:
             estimate.add(batch, reply.gradient, weights)
-        return Crossed(reply.loss_sums, reply.token_counts, lambda: hidden.backward(reply.gradient))
+        gradient = reply.gradient.to(hidden.device)
+        return Crossed(reply.loss_sums, reply.token_counts, lambda: hidden.backward(gradient))
 
     def score(self, nano: NanoEdge, batch: Batch) -> ScoreResult:
         return self.llm.score(batch.sequences(nano(batch)), batch.labels)
@@ -121,7 +122,7 @@ class FactoredWire:
             pairs = [(right, reply.gradient.right[m]) for m, right in sent.right.items()]
             for part, gradient in [(sent.left, reply.gradient.left), *pairs]:
                 if part.requires_grad:  # not where no token passes an adapter, or one is frozen
-                    part.backward(gradient)
+                    part.backward(gradient.to(part.device))
 
         return Crossed(reply.loss_sums, reply.token_counts, backward)
 

@@ -26,6 +26,7 @@ from fednano.models.compute import (
     quantisation,
     quantised,
 )
+from fednano.models.devices import DeviceName, pick_device
 from fednano.models.factored import Factored
 from fednano.models.generation import Answer, Plan, Written, write
 from fednano.models.language_model import (
@@ -46,7 +47,6 @@ from fednano.wire.errors import InvalidRequest, UnknownActivation
 log = logging.getLogger(__name__)
 
 R = TypeVar("R")
-DeviceName = Literal["auto", "cpu", "cuda"]
 DTypeName = Literal["auto", "fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _UNBOUNDED = 1 << 20
@@ -371,15 +371,6 @@ def _from_pretrained(directory: Path, **options: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, **options)
     except (OSError, ValueError, ImportError) as error:
         raise InvalidRequest.of("model", "a causal language model", error) from error
-
-
-def pick_device(name: DeviceName) -> torch.device:
-    """Raises InvalidRequest where a GPU is asked for and there is none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InvalidRequest.of("device", "a CUDA device that torch can use", "none")
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
 
 
 def pick_dtype(name: DTypeName, device: torch.device) -> torch.dtype:

@@ -87,8 +87,8 @@ def llava_7b() -> Shape:
 
 
 def on_gpu() -> Place:
-    """Client and service share the cores."""
-    return Place("cuda", "bf16", max(1, (os.cpu_count() or 2) // 2))
+    """Client and service may use all cores: one waits while the other computes."""
+    return Place("cuda", "bf16", os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)

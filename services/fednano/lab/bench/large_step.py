@@ -31,13 +31,14 @@ from fednano.lab.bench.served import (
     taken_bytes,
     whole,
 )
+from fednano.models.devices import DeviceName
 from fednano.models.frozen import FrozenLLM
 from fednano.models.language_model import LanguageModel
 from fednano.wire.run_config import TrainingConfig
 from fednano.wire.tensor_pb2 import BF16
 
-_REACHES = {"factored": Reach("at most", 1.05), "dense": None}
-_ON_CPU = "whole, adapters on the CPU"
+_ON_CPU = "factored, client on a CPU"
+_REACHES = {"factored": Reach("at most", 1.05), _ON_CPU: None, "dense": None}
 Turn = Callable[[], float]
 """So many steps; seconds of one."""
 
@@ -47,7 +48,7 @@ def measure(around: Surroundings) -> Iterator[Row]:
     shape = llava_7b()
     why = absent(around, shape)
     in_turns = not why and fits(shape)
-    sides = Sides(around, shape, on_gpu(), steps=8, turns=5, in_turns=in_turns)
+    sides = Sides(around, shape, on_gpu(), steps=8, turns=3, in_turns=in_turns)
     yield from attempted(sides, why)
 
 
@@ -73,19 +74,18 @@ class Sides:
             found = self._found(model, sent)
         if sent["factored"] > sent["dense"] / 2:
             raise BenchFailed("the service kept no bases: what was measured is dense twice")
-        for row in self.blank():
-            wire = str(row.setting["wire"]).partition(" ")[0]
-            yield _filled(row, found, found[wire], sent[wire])
+        for way, row in zip(_REACHES, self.blank(), strict=True):
+            yield _filled(row, found, found[way], sent[way])
 
     def blank(self) -> Iterator[Row]:
         """Without their figures."""
-        for wire, reach in _REACHES.items():
-            case = f"{self.shape.name}: split, {wire} / whole"
+        for way, reach in _REACHES.items():
+            case = f"{self.shape.name}: split, {way} / whole"
             place = {
-                "device": f"{self.place.name}; the client's adapters on its CPU, the whole model's"
-                " with the LLM",
+                "device": f"{self.place.name} for the LLM and the whole model's adapters; the client's"
+                f" adapters on {self._client(way).upper()}",
                 "dtype": f"{self.place.dtype} in the LLM, fp32 in the adapters",
-                "wire": f"{wire} bf16, loopback",
+                "wire": f"{_wire(way)} bf16, loopback",
                 "threads": f"{self.place.threads} each",
             }
             sides = "in turns" if self.in_turns else "one after the other"
@@ -115,32 +115,41 @@ class Sides:
         """`sent` is told the bytes of a step, both directions."""
         torch.set_num_threads(self.place.threads)
         with serve(self.around, model, self.place) as service, ExitStack() as stack:
-            callers = {w: stack.enter_context(service.caller(w, BF16)) for w in _REACHES}
-            yield {wire: self._by(wire, model, callers[wire], sent) for wire in callers}
+            callers = {
+                way: stack.enter_context(service.caller(f"c{number}", BF16))
+                for number, way in enumerate(_REACHES)
+            }
+            yield {way: self._by(way, model, callers[way], sent) for way in callers}
 
     def _by(
-        self, wire: str, model: Model, remote: RemoteLanguageModel, sent: dict[str, float]
+        self, way: str, model: Model, remote: RemoteLanguageModel, sent: dict[str, float]
     ) -> Turn:
-        factored = FactoredLanguageModel(remote) if wire == "factored" else None
-        train = self._trained(model, remote, factored)
+        factored = FactoredLanguageModel(remote) if _wire(way) == "factored" else None
+        train = self._trained(model, remote, factored, self._client(way))
 
         def turn() -> float:
             remote.calls.meter.take()
             seconds = train()
-            sent[wire] = sum(taken_bytes(remote.calls.meter)) / self.steps
+            sent[way] = sum(taken_bytes(remote.calls.meter)) / self.steps
             return seconds
 
         return turn
 
     def _whole(self, model: Model) -> dict[str, Turn]:
-        engine = whole(model, self.place)
-        return {"whole": self._beside(model, engine), _ON_CPU: self._trained(model, engine)}
+        return {"whole": self._beside(model, whole(model, self.place))}
+
+    def _client(self, way: str) -> DeviceName:
+        return "cpu" if way == _ON_CPU else self.place.device
 
     def _trained(
-        self, model: Model, llm: LanguageModel, factored: FactoredLanguageModel | None = None
+        self,
+        model: Model,
+        llm: LanguageModel,
+        factored: FactoredLanguageModel | None,
+        device: DeviceName,
     ) -> Turn:
-        """Everything that a client does in a local epoch; its adapters lie on the CPU."""
-        edge, examples = self._examples(model, llm)
+        """Everything that a client on `device` does in a local epoch."""
+        edge, examples = self._examples(model, llm, device)
         trainer = Trainer(edge, llm, factored)
         settings = TrainingConfig(batch_size=self.shape.batch)
 
@@ -154,7 +163,7 @@ class Sides:
 
     def _beside(self, model: Model, engine: FrozenLLM) -> Turn:
         """All on one device, x and adapters too, and nothing to prepare: the hardest to come up to."""
-        edge, examples = self._examples(model, engine)
+        edge, examples = self._examples(model, engine, "cpu")
         batch = _moved(Batch.of([edge.prepare(e) for e in examples]), engine.device)
         wire = DenseWire(engine)
 
@@ -173,9 +182,15 @@ class Sides:
 
         return turn
 
-    def _examples(self, model: Model, llm: LanguageModel) -> tuple[EdgeHalf, list[Example]]:
-        edge = EdgeHalf(model.halves / "edge", llm, self._features)
+    def _examples(
+        self, model: Model, llm: LanguageModel, device: DeviceName
+    ) -> tuple[EdgeHalf, list[Example]]:
+        edge = EdgeHalf(model.halves / "edge", llm, self._features, device)
         return edge, make_long_examples(edge, self.shape.batch, model.side, self.shape.tokens)
+
+
+def _wire(way: str) -> str:
+    return way.partition(",")[0]
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:
@@ -187,7 +202,6 @@ def _filled(row: Row, found: Mapping[str, list[float]], split: list[float], sent
     parts = {
         "split ms a step": median(split) * 1000,
         "whole ms a step": median(found["whole"]) * 1000,
-        f"{_ON_CPU}, ms a step": median(found[_ON_CPU]) * 1000,
         "smallest of the turns' ratios": min(ratios),
         "largest": max(ratios),
         "MB a step, both directions": sent / 1e6,

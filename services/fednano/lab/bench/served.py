@@ -23,7 +23,8 @@ from fednano.coordinator.strategies import initial_adapter
 from fednano.lab.bench.checkpoints import Model
 from fednano.lab.bench.rows import Surroundings
 from fednano.lab.federation import Federation
-from fednano.models.frozen import DeviceName, DTypeName, FrozenLLM
+from fednano.models.devices import DeviceName
+from fednano.models.frozen import DTypeName, FrozenLLM
 from fednano.models.llava import LlavaFront
 from fednano.wire.headers import make_header
 from fednano.wire.sessions import Identity, SessionSigner, write_keys
