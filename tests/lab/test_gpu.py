@@ -15,19 +15,20 @@ from fednano.client.adapters import NanoAdapters, Tensors
 from fednano.client.batches import Batch
 from fednano.client.edge import EdgeHalf, NanoEdge
 from fednano.client.factored import FactoredLanguageModel
-from fednano.client.trainer import Trainer
+from fednano.client.trainer import EvaluationResult, Trainer, TrainResult
 from fednano.client.wires import DenseWire, FactoredWire, Wire
 from fednano.lab.bench.checkpoints import Model
 from fednano.lab.bench.large import make
 from fednano.lab.bench.served import Place, Service, make_long_examples, new_adapters, serve, whole
 from fednano.lab.processes import Processes
+from fednano.models.devices import DeviceName
 from fednano.models.frozen import FrozenLLM
 from fednano.wire.run_config import TrainingConfig
 from fednano.wire.tensor_pb2 import BF16, FP32
 
 from tests.lab.test_bench_large import SMALL, around
 
-DEVICE = "cuda"
+DEVICE: DeviceName = "cuda"
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     pytest.mark.timeout(300),
@@ -90,24 +91,27 @@ def test_a_split_step_has_the_whole_models_gradient(served: Served, form: str) -
 
 @pytest.mark.parametrize("form", ["dense", "factored"])
 def test_a_client_on_a_gpu_finds_what_one_on_a_cpu_does(served: Served, form: str) -> None:
-    found = []
-    for device in ("cpu", DEVICE):
-        with ExitStack() as stack:
-            dtype = FP32 if served.dtype == "fp32" else BF16
-            remote = stack.enter_context(served.service.caller(f"{device}-{form}", dtype))
-            edge = EdgeHalf(served.model.halves / "edge", remote, device=device)
-            factored = FactoredLanguageModel(remote) if form == "factored" else None
-            trainer = Trainer(edge, remote, factored)
-            examples = make_long_examples(edge, 8, served.model.side, 48)
-            settings, adapters = TrainingConfig(batch_size=8), new_adapters(128, 4)
-            trained = trainer.train(adapters, lambda _: examples, settings, "last-epoch")
-            judged = trainer.evaluate(adapters, examples, max_new_tokens=2)
-            found.append((trained, judged))
-    (wanted, wanted_loss), (trained, loss) = found
+    wanted, wanted_loss = by_client(served, form, "cpu")
+    trained, loss = by_client(served, form, DEVICE)
     assert trained.loss == pytest.approx(wanted.loss, rel=_TOLERANCE[served.dtype])
     assert loss.loss == pytest.approx(wanted_loss.loss, rel=2 * _TOLERANCE[served.dtype])
     check(tensors(trained.fisher), tensors(wanted.fisher), 2 * _TOLERANCE[served.dtype])
     assert trained.adapter.keys() == wanted.adapter.keys()
+
+
+def by_client(
+    served: Served, form: str, device: DeviceName
+) -> tuple[TrainResult, EvaluationResult]:
+    """A step with the Fisher estimate, and what came of it."""
+    dtype = FP32 if served.dtype == "fp32" else BF16
+    with served.service.caller(f"{device}-{form}", dtype) as remote:
+        edge = EdgeHalf(served.model.halves / "edge", remote, device=device)
+        factored = FactoredLanguageModel(remote) if form == "factored" else None
+        trainer = Trainer(edge, remote, factored)
+        examples = make_long_examples(edge, 8, served.model.side, 48)
+        settings, adapters = TrainingConfig(batch_size=8), new_adapters(128, 4)
+        trained = trainer.train(adapters, lambda _: examples, settings, "last-epoch")
+        return trained, trainer.evaluate(adapters, examples, max_new_tokens=2)
 
 
 def tensors(arrays: Tensors) -> dict[str, torch.Tensor]:
