@@ -186,11 +186,8 @@ class Logits:
 
     @classmethod
     def joined(cls, works: Sequence[Logits]) -> Logits:
-        starts = [0, *accumulate(sum(work.lengths) for work in works)]
-        positions = [work.positions + start for work, start in zip(works, starts, strict=False)]
-        return cls(
-            works[0].compute, joined([work.sequences for work in works]), torch.cat(positions)
-        )
+        sequences = joined([work.sequences for work in works])
+        return cls(works[0].compute, sequences, _positions(works))
 
     def split(self, result: ForwardResult, works: Sequence[Logits]) -> list[ForwardResult]:
         wanted = [len(work.positions) for work in works]
@@ -203,6 +200,51 @@ class Logits:
         self, results: Sequence[ForwardResult], samples: Sequence[int], lengths: Sequence[int]
     ) -> ForwardResult:
         raise AssertionError("not divisible, so never asked for")
+
+
+@dataclass(frozen=True)
+class Backwards:
+    """Backward that computes forward again. It stays whole, as Logits do."""
+
+    compute: Callable[[Sequences, torch.Tensor, torch.Tensor], torch.Tensor]
+    sequences: Sequences
+    positions: torch.Tensor  # [wanted]
+    above: torch.Tensor  # [wanted, vocabulary], the gradient of the logits there
+    divisible = False
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return self.sequences.lengths
+
+    def run(self) -> torch.Tensor:
+        """[tokens, hidden]."""
+        return self.compute(self.sequences, self.positions, self.above)
+
+    def part(self, samples: Sequence[int]) -> Backwards:
+        raise AssertionError("not divisible, so never asked for")
+
+    @classmethod
+    def joined(cls, works: Sequence[Backwards]) -> Backwards:
+        sequences = joined([work.sequences for work in works])
+        above = torch.cat([work.above for work in works])
+        return cls(works[0].compute, sequences, _positions(works), above)
+
+    def split(self, result: torch.Tensor, works: Sequence[Backwards]) -> list[torch.Tensor]:
+        parts = result.split([sum(work.lengths) for work in works])
+        return [
+            part.to(work.sequences.values.device) for work, part in zip(works, parts, strict=True)
+        ]
+
+    def merged(
+        self, results: Sequence[torch.Tensor], samples: Sequence[int], lengths: Sequence[int]
+    ) -> torch.Tensor:
+        raise AssertionError("not divisible, so never asked for")
+
+
+def _positions(works: Sequence[Logits | Backwards]) -> torch.Tensor:
+    """Those of all, as indices into the tokens of all."""
+    starts = [0, *accumulate(sum(work.lengths) for work in works)]
+    return torch.cat([w.positions + start for w, start in zip(works, starts, strict=False)])
 
 
 def joined(batches: Sequence[Sequences]) -> Sequences:

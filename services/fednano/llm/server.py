@@ -135,7 +135,13 @@ class LlmServer:
     def _register(self) -> None:
         engine, metrics = self._engine, self._metrics
         servicer = LanguageModelServicer(
-            engine, self._worker, self._exchange, metrics, self._replica, self._bases
+            engine,
+            self._worker,
+            self._exchange,
+            metrics,
+            self._replica,
+            self._bases,
+            joined_tokens(self._settings, engine),
         )
         self._uploads = servicer.uploads
         llm_pb2_grpc.add_LanguageModelServicer_to_server(servicer, self._server)
@@ -191,6 +197,14 @@ def batch_tokens(settings: LlmSettings, engine: FrozenLLM) -> int:
     if settings.batch_tokens >= 0:
         return settings.batch_tokens
     return 1024 if engine.device.type == "cpu" else 8192
+
+
+def joined_tokens(settings: LlmSettings, engine: FrozenLLM) -> int:
+    """Of a client-side loss's passes. On a CPU computing forward again costs more than company spares;
+    on a GPU a smaller request takes as long as one of some 1,000 tokens."""
+    if settings.join_backward_tokens >= 0:
+        return settings.join_backward_tokens
+    return 0 if engine.device.type == "cpu" else 1024
 
 
 def bases_of(settings: LlmSettings, metrics: Metrics, beside: Beside) -> BaseStore | None:

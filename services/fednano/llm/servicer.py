@@ -17,14 +17,14 @@ from fednano.llm.exchange import Exchange, Packed, authorise, owner_of
 from fednano.llm.factored import Factors, PackedGradient, check_fisher, packed_gradient
 from fednano.llm.incoming import Incoming
 from fednano.llm.jobs import Job
-from fednano.llm.joining import Logits, Scores, Steps
+from fednano.llm.joining import Scores, Steps
 from fednano.llm.metrics import Kind, Metrics
-from fednano.llm.requests import Announced, Received
+from fednano.llm.passes import Passes
+from fednano.llm.requests import Announced
 from fednano.llm.uploads import Uploads
 from fednano.llm.worker import Worker
 from fednano.models.frozen import FrozenLLM
 from fednano.models.language_model import (
-    ForwardResult,
     NewToken,
     ScoreResult,
     StepResult,
@@ -34,10 +34,7 @@ from fednano.wire.codec import CHUNK_BYTES
 from fednano.wire.errors import InvalidRequest, Unsupported
 from fednano.wire.headers import PROTOCOL, check_header
 from fednano.wire.interceptors import Context, caller
-from fednano.wire.tensor_pb2 import FP32
 
-PackedLogits = tuple[str, Packed]
-"""The activation's name, and logits [wanted, vocabulary]."""
 _NO_BASES = "the factored wire is not offered by this service; send dense embeddings"
 
 
@@ -52,8 +49,9 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
         metrics: Metrics,
         replica: str,
         bases: BaseStore | None = None,
+        joined_tokens: int = 0,
     ) -> None:
-        """Without `bases` the factored form is not offered."""
+        """Without `bases` the factored form is not offered; for `joined_tokens` see Passes."""
         self._engine = engine
         self._worker = worker
         self._exchange = exchange
@@ -61,6 +59,7 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
         self._metrics = metrics
         self._replica = replica
         self._bases = bases
+        self._passes = Passes(engine, exchange, joined_tokens)
         self.uploads: Uploads | None = None
         if bases is not None:
             self.uploads = Uploads(bases, engine.fingerprint, self._limits, exchange.checkers)
@@ -102,7 +101,7 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
             embeddings = await self._announced(head.embeddings)
             positions = requests.positions(head.positions, embeddings.tokens, self._limits)
             received = await self._exchange.received(incoming, embeddings)
-            (activation, body), job = await self._forwarded(head, received, positions)
+            (activation, body), job = await self._passes.forward(head, received, positions)
             self._metrics.tokens("Forward", embeddings.tokens)
             result = llm_pb2.ForwardResult(
                 activation=activation, logits=body.spec, spent=_spent(job)
@@ -123,17 +122,9 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
             kinds: list[Kind] = ["embeddings"] * len(asked.specs)
             kinds[0] = "logits"
             data = await self._exchange.payload(incoming, asked.specs, kinds)
-
-            def backward() -> PackedGradient:
-                above, received = asked.read(data)
-                kept = self._engine.activations.get(head.activation)
-                origin = kept.origin if kept else received.factored if received else None
-                sequences = received.sequences if received else None
-                found = self._engine.backward(head.activation, above, sequences, asked.positions)
-                return packed_gradient(origin, found, dtype, head.want_fisher)
-
-            (gradient, bodies), job = await self._exchange.compute(
-                "Backward", backward, head.header, asked.spec.shape[0]
+            above, received = await self._exchange.checked(asked.read, data)
+            (gradient, bodies), job = await self._passes.backward(
+                head, above, received, asked.positions, dtype
             )
             self._metrics.tokens("Backward", bodies[0].spec.shape[0])
             reply = llm_pb2.BackwardReply(gradient=gradient, spent=_spent(job))
@@ -257,23 +248,6 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
             deleted = await self._exchange.checked(delete, list(request.digests))
             return self._exchange.counted(llm_pb2.DeleteBaseReply(deleted=deleted))
 
-    async def _forwarded(
-        self, head: llm_pb2.ForwardHead, received: Received, positions: torch.Tensor
-    ) -> tuple[PackedLogits, Job[Any]]:
-        """A pass of which nothing is kept may share its batch; a kept graph is one request's own."""
-        sequences, factored = received.sequences, received.factored
-        if head.keep:
-            origin = factored.without_base() if factored else None
-            return await self._exchange.compute(
-                "Forward",
-                lambda: _packed(self._engine.forward(sequences, positions, origin=origin)),
-                head.header,
-                len(sequences.values),
-            )
-        forward = partial(self._engine.forward, keep=False)
-        work = Logits(forward, sequences, positions)
-        return await self._exchange.joined("Forward", work, head.header, _packed)
-
     async def _announced(self, message: llm_pb2.Embeddings) -> Announced | Factors:
         """The first message's embeddings, dense or factored. Raises UnknownBase."""
         if message.WhichOneof("form") != "factored":
@@ -313,10 +287,6 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
             version=__version__,
             protocol=PROTOCOL,
         )
-
-
-def _packed(found: ForwardResult) -> PackedLogits:
-    return found.activation, Packed.of("logits", found.logits, FP32)
 
 
 def _checked(found: ScoreResult) -> ScoreResult:

@@ -66,6 +66,12 @@ class LlmSettings(ListenerTls):
         description="of requests that are joined into one batch, padding counted; 0: one request per"
         " batch, -1: 1024 on a CPU, 8192 on a GPU",
     )
+    join_backward_tokens: int = Field(
+        -1,
+        ge=-1,
+        description="of a Forward and its Backward that share batches with others', for which forward"
+        " is computed again; 0: none, -1: none on a CPU, 1024 on a GPU",
+    )
     generations: int = Field(4, ge=1, description="answers that are written at the same time")
     tokens_per_sample: int = Field(0, ge=0, description="limit; 0: the model's own")
     tokens_per_request: int = Field(

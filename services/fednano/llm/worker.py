@@ -66,6 +66,10 @@ class Worker:
             self._batcher.remove(job)
         await asyncio.to_thread(self._thread.shutdown)
 
+    def company(self, client: str) -> bool:
+        """Whether others than `client` use the device."""
+        return self._batcher.company(client)
+
     def check_room(self) -> None:
         """Raises Busy where the queue is full: asked before a large request is received."""
         if self._closed:

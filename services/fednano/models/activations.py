@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from fednano.models.factored import Factored
+from fednano.models.language_model import Sequences
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,23 @@ class Activation:
     logits: torch.Tensor  # [wanted, vocabulary] float32
 
 
+@dataclass(frozen=True)
+class Fed:
+    """What a forward pass was fed: it can be computed again."""
+
+    sequences: Sequences
+    positions: torch.Tensor  # [wanted]
+
+    @property
+    def values(self) -> torch.Tensor:
+        """[tokens, hidden]."""
+        return self.sequences.values
+
+
 class Kept(NamedTuple):
     """An activation, and what its values were made of where they came in factored form."""
 
-    activation: Activation
+    activation: Activation | Fed
     origin: Factored | None
     since: float
 
@@ -47,7 +61,7 @@ class Activations:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def put(self, activation: Activation, origin: Factored | None = None) -> str:
+    def put(self, activation: Activation | Fed, origin: Factored | None = None) -> str:
         """Keeps `activation`, whose values were made of `origin`, and returns its name."""
         name = f"{self._replica}/{uuid.uuid4().hex}"
         with self._lock:

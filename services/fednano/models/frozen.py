@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fednano.models import checkpoint
-from fednano.models.activations import Activation, Activations
+from fednano.models.activations import Activation, Activations, Fed
 from fednano.models.choices import Checkpointing
 from fednano.models.compute import (
     AS_MADE,
@@ -238,7 +238,8 @@ class FrozenLLM:
         """
         kept = self.activations.get(activation)
         if kept is not None:
-            made = kept.activation
+            held = kept.activation
+            made = self.activate(held.sequences, held.positions) if isinstance(held, Fed) else held
         elif sequences is None or positions is None:
             raise UnknownActivation("the activation is gone; send the embeddings again")
         else:
@@ -249,6 +250,14 @@ class FrozenLLM:
             )
         self.activations.drop(activation)
         return self.descend(made, logits_gradient)
+
+    def backward_again(
+        self, sequences: Sequences, positions: torch.Tensor, logits_gradient: torch.Tensor
+    ) -> torch.Tensor:
+        """`backward` of a pass of which nothing was kept, on the device of the values."""
+        made = self.activate(sequences, positions)
+        gradient = self.descend(made, logits_gradient.to(self.device))
+        return self._done(gradient.to(sequences.values.device))
 
     def activate(self, sequences: Sequences, positions: torch.Tensor) -> Activation:
         """A forward pass with its graph, from which `descend` goes back, once."""
