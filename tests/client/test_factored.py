@@ -19,14 +19,13 @@ from fednano.client.batches import Batch
 from fednano.client.datasets import DigitsShard
 from fednano.client.edge import EdgeHalf, NanoEdge
 from fednano.client.examples import Example
-from fednano.client.factored import FactoredLanguageModel
+from fednano.client.factored import FactoredLanguageModel, held
 from fednano.client.fisher import FisherEstimate
 from fednano.client.meter import Direction, Kind, Meter
 from fednano.client.remote import RemoteLanguageModel
 from fednano.client.trainer import Trainer
 from fednano.client.wires import Crossed, DenseWire, FactoredWire, Wire
 from fednano.models.activations import Activations
-from fednano.models.factored import base_digest
 from fednano.models.frozen import FrozenLLM
 from fednano.models.language_model import Sampling
 from fednano.wire.run_config import DataConfig, TrainingConfig
@@ -245,14 +244,14 @@ def test_what_is_made_ready_ahead_is_what_a_step_makes(
 def test_what_is_held_is_hashed_while_the_step_before_is_in_flight(
     llm: RemoteLanguageModel, edge: EdgeHalf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the thread that prepares batches; no step has to wait for it."""
+    """For the thread that prepares batches; no step has to wait for it."""
     threads = []
 
-    def watched(*arguments: Any) -> bytes:
-        threads.append(threading.current_thread().name)
-        return base_digest(*arguments)
+    def watched(samples: Any, *arguments: Any) -> Any:
+        threads.extend(threading.current_thread().name for _ in samples)
+        return held(samples, *arguments)
 
-    monkeypatch.setattr("fednano.client.factored.base_digest", watched)
+    monkeypatch.setattr("fednano.client.factored.held", watched)
     shard = DigitsShard.deal(DataConfig(limit=40), seed=0, shard=0, of=4)
     Trainer(edge, llm, FactoredLanguageModel(llm)).train(
         no_adapters(), lambda epoch: shard.epoch(0, 1, epoch, "c"), TrainingConfig(epochs=1)

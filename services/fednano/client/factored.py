@@ -10,6 +10,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import zip_longest
@@ -322,14 +323,17 @@ def held(
     over them, in place of the copy that packing them is. A has to see what the service has, for the
     gradient to be that of the model that is computed."""
     base = torch.empty(sum(map(len, samples)), samples[0].shape[-1])
-    digests = []
-    for own, x in zip(samples, base.split([len(own) for own in samples]), strict=True):
-        spec, data = torch_codec.spec_of("base", x, dtype), torch_codec.pack(own, dtype)
-        x.copy_(torch_codec.to_torch(dtype, spec.shape, data))
-        if dtype == INT8:  # an upload packs what is held, whose scales may be rounded once more
-            data = torch_codec.pack(x, dtype)
-        digests.append(base_digest(fingerprint, spec, data))
-    return base, tuple(digests)
+    coming: list[Future[bytes]] = []
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, "digest") as pool:
+        for own, x in zip(samples, base.split([len(own) for own in samples]), strict=True):
+            spec, data = torch_codec.spec_of("base", x, dtype), torch_codec.pack(own, dtype)
+            x.copy_(torch_codec.to_torch(dtype, spec.shape, data))
+            if dtype == INT8:  # an upload packs what is held, whose scales may be rounded once more
+                data = torch_codec.pack(x, dtype)
+            coming.append(pool.submit(base_digest, fingerprint, spec, data))
+            wait(coming[:-threads])  # so that few are held a second time
+    return base, tuple(future.result() for future in coming)
 
 
 def _places(error: UnknownBase, samples: int) -> list[int]:

@@ -140,4 +140,4 @@ class FactoredWire:
         if batch.digests:
             return batch
         base, digests = self.llm.held(batch.base.split(batch.lengths))
-        return replace(batch, base=base, digests=digests)
+        return replace(batch, base=base.to(batch.base.device), digests=digests)

@@ -44,7 +44,7 @@ def measure(around: Surroundings) -> Iterator[Row]:
     shape = llava_7b()
     why = absent(around, shape)
     in_turns = not why and fits(shape)
-    clients = Clients(around, shape, on_gpu(), _COUNTS, seconds=10, turns=2, in_turns=in_turns)
+    clients = Clients(around, shape, on_gpu(), _COUNTS, seconds=4, turns=2, in_turns=in_turns)
     yield from attempted(clients, why)
 
 

@@ -12,14 +12,12 @@ from statistics import median
 
 import torch
 
-from fednano.client.batches import Batch
 from fednano.client.cache import FeatureCache
-from fednano.client.edge import EdgeHalf, NanoEdge
+from fednano.client.edge import EdgeHalf
 from fednano.client.examples import Example
 from fednano.client.factored import FactoredLanguageModel
 from fednano.client.remote import RemoteLanguageModel
-from fednano.client.trainer import Learning, Trainer
-from fednano.client.wires import DenseWire
+from fednano.client.trainer import Trainer
 from fednano.lab.bench.checkpoints import Model
 from fednano.lab.bench.large import Shape, absent, attempted, fits, llava_7b, made, on_gpu
 from fednano.lab.bench.rows import BenchFailed, Reach, Row, Surroundings
@@ -32,7 +30,6 @@ from fednano.lab.bench.served import (
     whole,
 )
 from fednano.models.devices import DeviceName
-from fednano.models.frozen import FrozenLLM
 from fednano.models.language_model import LanguageModel
 from fednano.wire.run_config import TrainingConfig
 from fednano.wire.tensor_pb2 import BF16
@@ -48,7 +45,7 @@ def measure(around: Surroundings) -> Iterator[Row]:
     shape = llava_7b()
     why = absent(around, shape)
     in_turns = not why and fits(shape)
-    sides = Sides(around, shape, on_gpu(), steps=8, turns=3, in_turns=in_turns)
+    sides = Sides(around, shape, on_gpu(), steps=8, turns=2, in_turns=in_turns)
     yield from attempted(sides, why)
 
 
@@ -82,8 +79,8 @@ class Sides:
         for way, reach in _REACHES.items():
             case = f"{self.shape.name}: split, {way} / whole"
             place = {
-                "device": f"{self.place.name} for the LLM and the whole model's adapters; the client's"
-                f" adapters on {self._client(way).upper()}",
+                "device": f"{self.place.name} for the LLM and the whole model's adapters",
+                "client's adapters": self._client(way),
                 "dtype": f"{self.place.dtype} in the LLM, fp32 in the adapters",
                 "wire": f"{_wire(way)} bf16, loopback",
                 "threads": f"{self.place.threads} each",
@@ -136,7 +133,8 @@ class Sides:
         return turn
 
     def _whole(self, model: Model) -> dict[str, Turn]:
-        return {"whole": self._beside(model, whole(model, self.place))}
+        engine = whole(model, self.place)
+        return {"whole": self._trained(model, engine, None, self.place.device)}
 
     def _client(self, way: str) -> DeviceName:
         return "cpu" if way == _ON_CPU else self.place.device
@@ -161,27 +159,6 @@ class Sides:
 
         return turn
 
-    def _beside(self, model: Model, engine: FrozenLLM) -> Turn:
-        """All on one device, x and adapters too, and nothing to prepare: the hardest to come up to."""
-        edge, examples = self._examples(model, engine, "cpu")
-        batch = _moved(Batch.of([edge.prepare(e) for e in examples]), engine.device)
-        wire = DenseWire(engine)
-
-        def turn() -> float:
-            adapters = new_adapters(engine.hidden_size, self.shape.rank).to(engine.device)
-            nano = NanoEdge(adapters)
-            learning = Learning.begin(adapters.parameters(), TrainingConfig(), mu=0.0)
-            start = time.perf_counter()
-            with engine.device:  # indices are made where the vectors lie
-                for _ in range(self.steps):
-                    weights = batch.weights
-                    crossed = wire.step(nano, batch, weights, None)
-                    learning.step(crossed)
-                    crossed.loss_sums.tolist()  # as a training loop looks at it; waits for the device
-            return (time.perf_counter() - start) / self.steps
-
-        return turn
-
     def _examples(
         self, model: Model, llm: LanguageModel, device: DeviceName
     ) -> tuple[EdgeHalf, list[Example]]:
@@ -191,10 +168,6 @@ class Sides:
 
 def _wire(way: str) -> str:
     return way.partition(",")[0]
-
-
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    return replace(batch, base=batch.base.to(device), labels=batch.labels.to(device))
 
 
 def _filled(row: Row, found: Mapping[str, list[float]], split: list[float], sent: float) -> Row:
