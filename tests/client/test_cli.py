@@ -7,11 +7,12 @@ import logging
 from collections.abc import Iterator
 
 import pytest
+import torch
 from fednano.cli import app
 from fednano.client.cli import Meanwhile
 from fednano.client.daemon import config_of
 from fednano.wire import coordinator_pb2 as pb
-from fednano.wire.errors import Unsupported
+from fednano.wire.errors import InvalidRequest, Unsupported
 from fednano.wire.run_config import RunConfig
 
 
@@ -49,3 +50,13 @@ def test_a_setting_of_a_newer_coordinator_ends_the_client_with_its_name() -> Non
     told = RunConfig(name="trial").model_dump() | {"colour": "red"}
     with pytest.raises(Unsupported, match=r"run 'trial' asks for what .* doesn't know: colour"):
         config_of(pb.Membership(run="trial", config_json=json.dumps(told)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_told_before_a_run_is_joined(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FEDNANO_CLIENT_TOKEN", "secret")
+    command = ["client", "run", "--edge", "unused", "--device", "cuda"]
+    with pytest.raises(InvalidRequest, match=r"device: expected a CUDA device .* got none"):
+        app(command, standalone_mode=False)

@@ -144,7 +144,7 @@ class Check:
         detail = f"{self.settings.llm} serves {llm.card.name} with the same fingerprint"
         if (weights := quantisation(llm.fingerprint)) != "auto":
             detail += f", its weights quantised to {weights}"
-        return Found(detail, EdgeHalf(self.settings.edge, llm))
+        return Found(detail, EdgeHalf(self.settings.edge, llm, device=self.settings.device))
 
     def _measure(self, edge: Found, examples: Found, rank: int) -> str:
         half: EdgeHalf = edge.value

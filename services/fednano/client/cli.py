@@ -38,6 +38,7 @@ LlmHalf = Annotated[Path | None, _option("llm_half")]
 Id = Annotated[str | None, _option("id", help="client id; the host's name unless given")]
 Data = Annotated[Path | None, _option("data")]
 CacheDir = Annotated[Path | None, _option("cache_dir")]
+Device = Annotated[str | None, _option("device")]
 Tls = Annotated[bool | None, _option("tls", "--tls", help="check services by the system's CAs")]
 TlsCa = Annotated[Path | None, _option("tls_ca", help="check services by this CA (PEM)")]
 TlsServerName = Annotated[
@@ -81,6 +82,7 @@ def run_command(
     role: Annotated[str | None, _option("role", help="trainer or evaluator")] = None,
     data: Data = None,
     cache_dir: CacheDir = None,
+    device: Device = None,
     threads: Annotated[int | None, _option("threads")] = None,
     once: Annotated[bool | None, _option("once", "--once")] = None,
     heartbeat_seconds: Annotated[float | None, _option("heartbeat_seconds")] = None,
@@ -114,6 +116,7 @@ def check_command(
     id: Id = None,
     data: Data = None,
     cache_dir: CacheDir = None,
+    device: Device = None,
     rank: Annotated[int, typer.Option(min=1, help="adapter rank to reckon with")] = 16,
     tls: Tls = None,
     tls_ca: TlsCa = None,
@@ -214,6 +217,7 @@ def ask_command(
     llm_half: LlmHalf = None,
     id: Id = None,
     cache_dir: CacheDir = None,
+    device: Device = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest words")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="of sampling, where temperature is not 0")] = 0,

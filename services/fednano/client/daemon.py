@@ -33,6 +33,7 @@ from fednano.client.trainer import Trainer
 from fednano.client.weights import trainable
 from fednano.client.worker import Worker
 from fednano.models.checkpoint import read_record
+from fednano.models.devices import pick_device
 from fednano.models.language_model import LanguageModel
 from fednano.settings import invalid
 from fednano.wire import coordinator_pb2 as pb
@@ -83,8 +84,9 @@ class Client:
 
     @classmethod
     def connect(cls, settings: ClientSettings) -> Client:
-        """Nothing is dialled yet. Raises InvalidRequest for settings that can't work."""
+        """Nothing is dialled yet. Raises InvalidRequest for settings that can't work here."""
         settings.check()
+        pick_device(settings.device)  # now, rather than in a run
         meter, tls = Meter(), settings.client_tls()
         coordinator = CoordinatorClient(
             settings.coordinator,

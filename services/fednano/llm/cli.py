@@ -32,6 +32,7 @@ def llm(
     threads: Annotated[int | None, _option("threads")] = None,
     queue: Annotated[int | None, _option("queue")] = None,
     batch_tokens: Annotated[int | None, _option("batch_tokens")] = None,
+    join_backward_tokens: Annotated[int | None, _option("join_backward_tokens")] = None,
     generations: Annotated[int | None, _option("generations")] = None,
     tokens_per_sample: Annotated[int | None, _option("tokens_per_sample")] = None,
     tokens_per_request: Annotated[int | None, _option("tokens_per_request")] = None,
