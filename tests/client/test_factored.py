@@ -32,7 +32,7 @@ from fednano.wire.run_config import DataConfig, TrainingConfig
 from fednano.wire.tensor_pb2 import BF16, FP16, FP32, INT8, DType
 
 from tests.client.serving import Served, caller, remote, served
-from tests.tiny import large_tensors, no_adapters
+from tests.tiny import large_tensors, no_adapters, picture
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +193,16 @@ def test_narrow_wires_are_close(
         assert 0 < np.linalg.norm(found.fisher[name] - fisher) < 2 * off * np.linalg.norm(fisher)
 
 
+def distinct(batch: Batch) -> dict[bytes, int]:
+    """Bytes of each piece of x in fp32; a text that samples share is one."""
+    pieces = batch.base.split(batch.pieces)
+    return {piece.numpy().tobytes(): piece.numel() * 4 for piece in pieces}
+
+
+def base_bytes(batch: Batch) -> int:
+    return sum(distinct(batch).values())
+
+
 def test_a_base_travels_once(port: int, adapters: NanoAdapters, batch: Batch) -> None:
     meter, small = Meter(), NanoAdapters.from_tensors(large_tensors(seed=3), 0.7)
     with remote(port, meter=meter) as llm:
@@ -204,10 +214,33 @@ def test_a_base_travels_once(port: int, adapters: NanoAdapters, batch: Batch) ->
         step(wire, small, batch)
         later = meter.take()
     tokens, hidden = batch.base.shape
-    assert first.sent_bytes["bases"] == tokens * hidden * 4
+    assert first.sent_bytes["bases"] == base_bytes(batch) < tokens * hidden * 4
     assert "bases" not in later.sent_bytes
     assert later.sent_bytes["embeddings"] == (tokens + 2 * hidden) * 4 * 4  # U and two W of rank 4
     assert later.received_bytes["gradients"] == (tokens + 4 * hidden) * 4 * 4  # and two Fishers
+
+
+def test_an_image_that_is_asked_about_again_travels_once(
+    port: int, adapters: NanoAdapters, edge: EdgeHalf
+) -> None:
+    """Nor does a text that was sent with another image."""
+    seen, questions = (picture(0), picture(1)), ("What digit is this?", "Is this even?")
+    asked = [Example("", (image,), question, "two") for image in seen for question in questions]
+    first, *later = [Batch.of([edge.prepare(example)]) for example in asked]
+    meter = Meter()
+    with remote(port, meter=meter) as llm:
+        wire = FactoredWire(FactoredLanguageModel(llm))
+        wire.llm.forget()
+        meter.take()
+        found = [(step(wire, adapters, batch), meter.take()) for batch in (first, *later)]
+        for batch, (outcome, _) in zip((first, *later), found, strict=True):
+            assert_close(outcome, step(DenseWire(llm), adapters, batch))
+    sent = [int(costs.sent_bytes.get("bases", 0)) for _, costs in found]
+    image, width = later[1].pieces[1], first.base.shape[1] * 4
+    assert sent[0] == base_bytes(first)
+    assert 0 < sent[1] == later[0].pieces[2] * width  # another question and its answer
+    assert sent[2] == image * width
+    assert sent[3] == 0
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(FP32, 4), (FP16, 2), (INT8, 2)])
@@ -256,7 +289,9 @@ def test_what_is_held_is_hashed_while_the_step_before_is_in_flight(
     Trainer(edge, llm, FactoredLanguageModel(llm)).train(
         no_adapters(), lambda epoch: shard.epoch(0, 1, epoch, "c"), TrainingConfig(epochs=1)
     )
-    assert len(threads) == len(shard)
+    assert len(threads) == sum(
+        len(edge.prepare(example).segments) for example in shard.epoch(0, 1, 0, "c")
+    )
     assert all(name.startswith("ahead") for name in threads)
 
 
@@ -292,12 +327,12 @@ def test_every_replica_is_given_what_it_lacks(
     with remote(first.port, meter=meter) as llm:
         wire = FactoredWire(FactoredLanguageModel(llm))
         outcomes = [step(wire, adapters, batch) for _ in range(4)]
-        assert meter.take().sent_bytes["bases"] == 2 * batch.base.numel() * 4
+        assert meter.take().sent_bytes["bases"] == 2 * base_bytes(batch)
         for outcome in outcomes[1:]:
             assert_close(outcome, outcomes[0])
         wire.llm.forget()
         step(wire, adapters, batch)
-        assert meter.take().sent_bytes["bases"] == batch.base.numel() * 4
+        assert meter.take().sent_bytes["bases"] == base_bytes(batch)
     first.stop()
     second.stop()
 
@@ -353,7 +388,7 @@ def test_another_client_uploads_its_own(
     meter = Meter()
     other = RemoteLanguageModel(llm.calls.replicas, caller("c2"), meter, FP32)
     step(FactoredWire(FactoredLanguageModel(other)), adapters, batch)
-    assert meter.take().sent_bytes["bases"] == batch.base.numel() * 4
+    assert meter.take().sent_bytes["bases"] == base_bytes(batch)
 
 
 class Cutting(Meter):
@@ -385,5 +420,5 @@ def test_an_upload_that_broke_off_goes_on_where_it_did(
         found = step(FactoredWire(FactoredLanguageModel(llm)), adapters, batch)
         assert_close(found, step(DenseWire(llm), adapters, batch))
     service.stop()
-    assert meter.sent == len(batch) + 1
-    assert meter.take().sent_bytes["bases"] == batch.base.numel() * 4
+    assert meter.sent == len(distinct(batch)) + 1
+    assert meter.take().sent_bytes["bases"] == base_bytes(batch)

@@ -30,6 +30,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.client.serving import Served, remote
+from tests.tiny import picture
 
 LIMITS = {
     "tokens": ({"tokens_per_request": 120}, 2),
@@ -137,7 +138,8 @@ def test_an_answer_goes_on_by_the_dense_wire_where_the_next_bases_find_no_room(
 ) -> None:
     """The dense portions are others than the factored ones, and nothing is written twice."""
     few = [replace(examples[2], question=f"Is {n} even?") for n in range(50)]
-    many = [replace(examples[1], question=f"What is {n}?{' red' * 20}") for n in range(50)]
+    pictures = [tuple(picture(3 * n + i) for i in range(3)) for n in range(50)]
+    many = [replace(examples[1], images=p, question="What are these?") for p in pictures]
     sampling = Sampling(max_new_tokens=2)
     limits = {"samples_per_request": 50, "base_mebibytes": 1, "message_mebibytes": 1}
     with limited(frozen, **limits) as (llm, asked):

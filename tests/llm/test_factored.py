@@ -323,6 +323,8 @@ def change(field: str, value: Any) -> Any:
             form.right[2].shape[:] = value
         elif field == "modality":
             form.right[1].CopyFrom(form.right[2])
+        elif field == "more":
+            form.bases.append(form.bases[0])
         elif field == "swap":
             form.bases[0], form.bases[1] = form.bases[1], form.bases[0]
 
@@ -332,12 +334,16 @@ def change(field: str, value: Any) -> Any:
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (change("bases", None), "embeddings.bases: expected 3, got 2"),
+        (change("bases", None), "embeddings.bases: expected 21 tokens in all, got 10"),
         (change("left", [21, 0]), "embeddings.left: expected a rank of 1 to 32, got 0"),
         (change("left", [20, RANK]), "embeddings.left: expected [21, 5], got [20, 5]"),
         (change("right", [RANK, 16]), "embeddings.right[2]: expected [5, 32], got [5, 16]"),
         (change("modality", None), "embeddings.right: expected TEXT and IMAGE, got 1"),
-        (change("swap", None), "embeddings.bases[0]: expected 7 tokens, as its segments, got 3"),
+        (
+            change("swap", None),
+            "embeddings.bases[1]: expected at most 4 tokens, what is left of its sample, got 7",
+        ),
+        (change("more", None), "embeddings.bases[3]: expected at most 0 tokens, what is left"),
     ],
 )
 async def test_a_bad_form_is_named(llm, engine, spoil, says):

@@ -73,8 +73,17 @@ def alone(messages: list[Any], wanted: bool = True) -> list[Any]:
     return messages
 
 
+async def another(llm: Caller, engine: Passing) -> None:
+    """Somebody else has a loss of its own, too."""
+    engine.gate.set()
+    request = forward_request(llm.header("x"), *asked(engine, 1)[:2], keep=False)
+    await llm_stream(llm, "Forward", request, "x")
+    engine.sizes.clear()
+
+
 async def both(llm: Caller, engine: Passing, asked_alone: bool = False) -> list[torch.Tensor]:
     """The gradients that four clients get at the same time."""
+    await another(llm, engine)
     given = [asked(engine, seed) for seed in range(len(FEW))]
     requests = [
         alone(forward_request(llm.header(f"c{n}"), sequences, positions), asked_alone)
@@ -110,10 +119,11 @@ async def test_several_clients_passes_share_a_batch_each_way(start, passing):
     assert len(passing.again) == 1
 
 
-@pytest.mark.parametrize("how", ["asked for", "set", "too large"])
+@pytest.mark.parametrize("how", ["asked for", "set", "nothing is joined", "too large"])
 async def test_a_graph_is_kept_for_who_is_alone_or_large(start, passing, how):
-    limit = {"asked for": 100, "set": -1, "too large": 8}[how]
-    llm = await start(on=passing, join_backward_tokens=limit)
+    limit = {"asked for": 100, "set": -1, "nothing is joined": 100, "too large": 8}[how]
+    tokens = 0 if how == "nothing is joined" else -1
+    llm = await start(on=passing, join_backward_tokens=limit, batch_tokens=tokens)
     check(await both(llm, passing, asked_alone=how == "asked for"), passing)
     assert not passing.again
 
@@ -132,6 +142,7 @@ async def test_a_graph_is_kept_where_nobody_else_is(start, passing):
 
 async def test_what_is_gone_is_computed_from_embeddings_in_company_too(start, passing):
     llm = await start(on=passing, join_backward_tokens=100)
+    await another(llm, passing)
     given = [asked(passing, seed) for seed in range(len(FEW))]
     requests = [
         backward_request(llm.header(f"c{n}"), "elsewhere/1", above, sequences, positions)
@@ -145,7 +156,7 @@ async def test_what_is_gone_is_computed_from_embeddings_in_company_too(start, pa
 async def test_a_gradient_of_another_size_loses_nothing(start, passing):
     passing.gate.set()
     llm = await start(on=passing, join_backward_tokens=100)
-    await llm_stream(llm, "Forward", forward_request(llm.header("x"), *asked(passing, 1)[:2]), "x")
+    await another(llm, passing)
     sequences, positions, above = asked(passing, 0)
     first, *_ = await llm.stream("Forward", forward_request(llm.header(), sequences, positions))
     name = first.result.activation

@@ -183,8 +183,9 @@ def test_a_round_on_the_dense_wire_is_as_accounted(
 def test_a_round_on_the_factored_wire_is_as_accounted(
     edge: EdgeHalf, llm: RemoteLanguageModel, tiny: MetaModel, fisher: FisherMode
 ) -> None:
-    """How much of a request is under way when the service says what it lacks is a matter of luck, so
-    that the first round costs at most what is accounted for it; the second one is exact."""
+    """How much of a request is under way when the service says what it lacks is a matter of luck, and
+    these samples share a text, so that the first round costs at most what is accounted for it; the
+    second one is exact."""
     factored = FactoredLanguageModel(llm)
     factored.forget()
     trainer = Trainer(edge, llm, factored)
@@ -192,10 +193,11 @@ def test_a_round_on_the_factored_wire_is_as_accounted(
     found = account(tiny, second.plan).factored
     steps = found.round + account(tiny, second.plan).adapters.traffic * -1
     assert_same(second.costs, steps)
-    assert first.costs.sent_bytes["bases"] == found.once.sent["bases"]
+    bases = first.costs.sent_bytes["bases"]
+    images = 20 * 16 * 128 * 2
+    assert images < bases < 1.2 * images
     sent = sum(messages(first.costs.sent_bytes).values())
-    least = steps.bytes_sent + found.once.sent["bases"]
-    assert least < sent <= 1.01 * (steps + found.once).bytes_sent
+    assert steps.bytes_sent + bases < sent <= 1.01 * (steps + found.once).bytes_sent
 
 
 def test_one_modality_has_half_the_adapters(tiny: MetaModel) -> None:

@@ -34,19 +34,21 @@ class Ahead(Iterator[T]):
         self._items = items
         self._coming: Future[T | _End] | None = None
         self._lock = threading.Lock()
+        self._context = contextvars.copy_context()  # lines of that thread, too, tell the run
         self.begin()
 
     def begin(self) -> None:
         """May be called from any thread, and again."""
         with self._lock:
             if self._coming is None:
-                context = contextvars.copy_context()  # lines of that thread, too, tell the run
-                self._coming = self._pool.submit(context.run, self._make)
+                self._coming = self._pool.submit(self._context.run, self._make)
 
     def end(self) -> None:
         """From now on `begin` begins nothing."""
         with self._lock:
-            self._coming = self._coming or Future()
+            if self._coming is None:
+                self._coming = Future()
+                self._coming.cancel()
 
     def _make(self) -> T | _End:
         return next(self._items, _END)

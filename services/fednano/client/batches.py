@@ -29,7 +29,7 @@ class Batch:
     segments: tuple[tuple[Segment, ...], ...]
     labels: torch.Tensor  # [tokens]
     digests: tuple[bytes, ...] = ()
-    """Of each sample's x, where it is already as a service holds it (factored.py)."""
+    """Of x of each of `pieces`, where it is already as a service holds it (factored.py)."""
 
     @classmethod
     def of(
@@ -53,6 +53,11 @@ class Batch:
     def lengths(self) -> list[int]:
         """Tokens of each sample."""
         return [sum(s.length for s in sample) for sample in self.segments]
+
+    @cached_property
+    def pieces(self) -> list[int]:
+        """Tokens of each segment, of one sample after the other."""
+        return [s.length for sample in self.segments for s in sample]
 
     @cached_property
     def sample_of(self) -> torch.Tensor:
@@ -80,7 +85,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """With `base` there; everything else stays where requests are made."""
-        return self if self.base.device == device else replace(self, base=self.base.to(device))
+        if self.base.device.type == device.type:
+            return self
+        return replace(self, base=self.base.to(device))
 
     def rows(self, modality: Modality) -> torch.Tensor:
         """Indices into the packed tokens of all that are of one modality, on the CPU."""

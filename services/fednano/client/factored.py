@@ -1,7 +1,8 @@
 """The factored wire, seen from the client: what never changes is uploaded once, the rest is small.
 
-Of each sample's vectors e = x + U W the service holds x; a step sends U = A x and W = s B^T and gets
-dL/dU and dL/dW, from which autograd goes on to A and B. Exact, by the chain rule.
+Of a batch's vectors e = x + U W the service holds x, in pieces, a segment each: an image that is asked
+about twice is uploaded once, as is a text that samples share. A step sends U = A x and W = s B^T and
+gets dL/dU and dL/dW, from which autograd goes on to A and B. Exact, by the chain rule.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import reduce
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from typing import TypeVar
 
 import torch
@@ -41,13 +42,15 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 _ROUNDS = 3
 """How often a call uploads what is missing, before it sends everything itself."""
+_WORTH_THREADS = 1 << 22
+"""Numbers. Fewer are hashed before a thread has begun."""
 _DENSE_SECONDS = 60.0
 """How long everything is sent after that: a service without room would be filled at every step."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """One sample's x. Its bytes are made when they are to travel: they do so once."""
+    """A segment's x. Its bytes are made when they are to travel: they do so once."""
 
     digest: bytes
     spec: TensorSpec
@@ -84,9 +87,9 @@ class FactoredLanguageModel:
         self._dense_until = float("-inf")
         self._broken_off: set[str] = set()  # addresses to which an upload was not finished
 
-    def held(self, samples: Sequence[torch.Tensor]) -> tuple[torch.Tensor, tuple[bytes, ...]]:
+    def held(self, pieces: Sequence[torch.Tensor]) -> tuple[torch.Tensor, tuple[bytes, ...]]:
         """`held` by this service."""
-        return held(samples, self._remote.wire_dtype, self._remote.fingerprint)
+        return held(pieces, self._remote.wire_dtype, self._remote.fingerprint)
 
     def step(
         self,
@@ -106,6 +109,7 @@ class FactoredLanguageModel:
             return FactoredStep(*losses([result]), _gradient(result.gradient.factored, values))
 
         def densely() -> StepResult:
+            under_way()
             return self._remote.step(sent.dense(), labels, weights)
 
         return self._stepped(sent, self._sent(sent, digests), of, densely, want_fisher)
@@ -136,6 +140,7 @@ class FactoredLanguageModel:
             return FactoredStep(loss.loss_sums, loss.token_counts, back)
 
         def densely() -> StepResult:
+            under_way()
             return client_side_step(self._remote, sent.dense(), labels, weights)
 
         beside = self._remote.logits_sizes(lengths, labels)
@@ -229,24 +234,25 @@ class FactoredLanguageModel:
         """In portions that fit, of which each has every W; see `RemoteLanguageModel.sent`. There are
         `more` bytes of each sample."""
         dtype, rank = self._remote.wire_dtype, sent.left.shape[-1]
-        bases = self._bases(sent, digests)
+        bases, firsts = self._bases(sent, digests), [0, *accumulate(map(len, sent.segments))]
         sizes = [
             codec.byte_size(dtype, (length, rank)) + own
             for length, own in zip_longest(sent.lengths, more, fillvalue=0)
         ]
         beside += sum(codec.byte_size(dtype, w.shape) for w in sent.right.values())
         for portion in cut(sent.lengths, sizes, self._remote.card.limits, beside):
-            yield self._portion(sent, portion, bases[portion.samples])
+            first, last, _ = portion.samples.indices(len(sent.segments))
+            yield self._portion(sent, portion, bases[firsts[first] : firsts[last]])
 
     def _bases(self, sent: Factored, digests: Sequence[bytes]) -> list[Base]:
-        dtype, samples = self._remote.wire_dtype, sent.base.split(list(sent.lengths))
-        specs = [torch_codec.spec_of("base", x, dtype) for x in samples]
+        dtype, pieces = self._remote.wire_dtype, sent.base.split(list(sent.pieces))
+        specs = [torch_codec.spec_of("base", x, dtype) for x in pieces]
         if not digests:
             digests = [
                 base_digest(self._remote.fingerprint, spec, torch_codec.pack(x, dtype))
-                for x, spec in zip(samples, specs, strict=True)
+                for x, spec in zip(pieces, specs, strict=True)
             ]
-        return [Base(*parts) for parts in zip(digests, specs, samples, strict=True)]
+        return [Base(*parts) for parts in zip(digests, specs, pieces, strict=True)]
 
     def _portion(self, sent: Factored, portion: Portion, bases: Sequence[Base]) -> Sent:
         """U, then each W by its modality's number; the bases by their digests."""
@@ -317,34 +323,42 @@ class FactoredLanguageModel:
 
 
 def held(
-    samples: Sequence[torch.Tensor], dtype: DType, fingerprint: str
+    pieces: Sequence[torch.Tensor], dtype: DType, fingerprint: str
 ) -> tuple[torch.Tensor, tuple[bytes, ...]]:
-    """Each sample's x [tokens, hidden] as the service will have it, end to end, and its digest: one go
+    """Each segment's x [tokens, hidden] as the service will have it, end to end, and its digest: one go
     over them, in place of the copy that packing them is. A has to see what the service has, for the
     gradient to be that of the model that is computed."""
-    base = torch.empty(sum(map(len, samples)), samples[0].shape[-1])
-    coming: list[Future[bytes]] = []
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads, "digest") as pool:
-        for own, x in zip(samples, base.split([len(own) for own in samples]), strict=True):
+    base = torch.empty(sum(map(len, pieces)), pieces[0].shape[-1])
+
+    def packed() -> Iterator[tuple[TensorSpec, codec.Buffer]]:
+        for own, x in zip(pieces, base.split([len(own) for own in pieces]), strict=True):
             spec, data = torch_codec.spec_of("base", x, dtype), torch_codec.pack(own, dtype)
             x.copy_(torch_codec.to_torch(dtype, spec.shape, data))
             if dtype == INT8:  # an upload packs what is held, whose scales may be rounded once more
                 data = torch_codec.pack(x, dtype)
-            coming.append(pool.submit(base_digest, fingerprint, spec, data))
-            wait(coming[:-threads])  # so that few are held a second time
-    return base, tuple(future.result() for future in coming)
+            yield spec, data
+
+    threads = torch.get_num_threads()
+    if threads == 1 or base.numel() < _WORTH_THREADS:
+        return base, tuple(base_digest(fingerprint, *own) for own in packed())
+    with ThreadPoolExecutor(threads, "digest") as pool:
+        coming: list[Future[bytes]] = []
+        for own in packed():
+            coming.append(pool.submit(base_digest, fingerprint, *own))
+            if len(coming) > threads:
+                coming[-1 - threads].result()  # so that few are held a second time
+        return base, tuple(digest.result() for digest in coming)
 
 
-def _places(error: UnknownBase, samples: int) -> list[int]:
-    """The samples whose bases are missing, as the error names them: "0-3,7"."""
+def _places(error: UnknownBase, bases: int) -> list[int]:
+    """Which bases are missing, as the error names them: "0-3,7"."""
     named = next((p.got for p in error.problems if p.field == "embeddings.bases"), "")
     spans = [span.partition("-") for span in named.split(",") if span]
     return [
         place
         for first, _, last in spans
         for place in range(int(first), int(last or first) + 1)
-        if place < samples
+        if place < bases
     ]
 
 

@@ -50,7 +50,7 @@ class FisherEstimate:
         factors = 1 / (batch.label_counts * weights)
         factor = float(factors.mean())
         assert torch.allclose(factors, factors.mean(), rtol=1e-4), "samples are weighed differently"
-        own = gradient.left * factors[batch.sample_of, None]
+        own = gradient.left * factors[batch.sample_of, None].to(gradient.left.device)
         for modality, adapter in self._adapters.items():
             rows = batch.rows(modality)
             if not len(rows):

@@ -34,7 +34,7 @@ class LogitsLoss:
         weights: torch.Tensor,
     ) -> LogitsLoss:
         """Cross entropy of `logits` [labelled, vocabulary] at `predicting_positions`."""
-        logits = logits.clone().requires_grad_()
+        logits = logits.cpu().clone().requires_grad_()
         losses = cross_entropy(logits.float(), labels[positions + 1], reduction="none")
         samples = len(lengths)
         sample_of = torch.arange(samples).repeat_interleave(torch.tensor(lengths))[positions]

@@ -35,7 +35,7 @@ class ClientSettings(CallerTls):
     cache_dir: Path | None = Field(None, description="keep encoded images here (mode 0700)")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "cpu",
-        description="where images are encoded and NanoAdapters trained; auto: a GPU if there is",
+        description="where images are encoded and NanoAdapters trained; auto: a GPU, if any",
     )
     threads: int = Field(1, ge=1, description="torch threads")
     once: bool = Field(False, description="end with the first run: 0 finished, 1 otherwise")

@@ -101,7 +101,8 @@ class FactoredWire:
     loss: str = "server"
 
     def ready(self, examples: Sequence[Prepared]) -> Batch:
-        return Batch.of(examples, *self.llm.held([example.base for example in examples]))
+        pieces = [x for e in examples for x in e.base.split([s.length for s in e.segments])]
+        return Batch.of(examples, *self.llm.held(pieces))
 
     def step(
         self,
@@ -139,5 +140,5 @@ class FactoredWire:
     def _held(self, batch: Batch) -> Batch:
         if batch.digests:
             return batch
-        base, digests = self.llm.held(batch.base.split(batch.lengths))
+        base, digests = self.llm.held(batch.base.split(batch.pieces))
         return replace(batch, base=base.to(batch.base.device), digests=digests)

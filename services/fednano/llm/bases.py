@@ -1,5 +1,5 @@
-"""Uploaded bases: what the factored wire need not send again. A base is one sample's vectors before
-any adapter; it is addressed by the digest of its content, within the caller's own namespace.
+"""Uploaded bases: what the factored wire need not send again. A base is a piece of a sample's vectors
+before any adapter; it is addressed by the digest of its content, within the caller's own namespace.
 
 Everything here can be lost: a caller who finds a base gone uploads it again. So memory is bounded,
 what does not fit goes to disk where there is a directory for it, and the rest is dropped.
@@ -32,7 +32,7 @@ _MOST_NAMED = 1000
 
 @dataclass(frozen=True)
 class Base:
-    """One sample's x, as it came."""
+    """A piece of x, as it came."""
 
     dtype: DType
     shape: tuple[int, int]  # [tokens, hidden]
@@ -148,10 +148,10 @@ class BaseStore:
 
     def put(self, owner: Owner, digest: bytes, base: Base) -> None:
         """Keeps a base whose content has been held against its digest, if there is room at all."""
+        data = self._placed(base.data)
         with self._lock:
             if self._shelf_of(owner, digest) is not None:
                 return
-            data = self._placed(base.data)
             entry = _Kept(base.dtype, base.shape, len(data), self._clock(), data)
             self._memory.add(owner, digest, entry)
             self._fit()
@@ -165,11 +165,13 @@ class BaseStore:
             return shelf is not None
 
     def get(self, owner: Owner, digests: Sequence[bytes]) -> list[Base]:
-        """All of them. Raises UnknownBase, which names the places of those that are not there."""
+        """All of them. Raises UnknownBase, which names the places of those that are not there, of
+        equal ones the first."""
         with self._lock:
             found = [self._read(owner, digest) for digest in digests]
-        missing = [place for place, base in enumerate(found) if base is None]
-        self._looked_up(len(found) - len(missing), len(missing))
+        lacking = [place for place, base in enumerate(found) if base is None]
+        self._looked_up(len(found) - len(lacking), len(lacking))
+        missing = sorted({digests[place]: place for place in reversed(lacking)}.values())
         if missing:
             problem = Problem("embeddings.bases", "bases that were uploaded", ranges(missing))
             raise UnknownBase(str(problem), problem)

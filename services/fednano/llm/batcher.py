@@ -46,23 +46,15 @@ class Batcher:
         self._turn = 0
         self._clock = clock
         self._seen: dict[str, tuple[float, int]] = {}  # when, and tokens of a request
-        self._users: dict[str, float] = {}  # by client, when its last request came
 
     def add(self, job: Job[Any]) -> None:
         self.waiting.add(job)
-        self._users[job.sender.client] = self._clock()
         if isinstance(job, Joinable):
             self._seen[job.sender.client] = self._clock(), job.tokens
 
     def remove(self, job: Job[Any]) -> None:
         self.waiting.remove(job)
         self.writing = [other for other in self.writing if other is not job]
-
-    def company(self, client: str) -> bool:
-        """Whether others than `client` have asked for something of late."""
-        oldest = self._clock() - _RECENT_SECONDS
-        self._users = {name: at for name, at in self._users.items() if at >= oldest}
-        return bool(self._users.keys() - {client})
 
     def next(self) -> Batch | None:
         """What the device does now, taken from what waits; None where there is nothing to do."""

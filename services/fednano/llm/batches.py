@@ -35,12 +35,14 @@ class Batch(Protocol):
         ...
 
 
-def run(batch: Batch) -> tuple[list[Turn[Any]], float]:
-    """The turns, and how many seconds they took; each job is told its own."""
+def run(batch: Batch, wait: Callable[[], None]) -> tuple[list[Turn[Any]], float]:
+    """The turns, and how many seconds they took; each job is told its own. `wait` returns when the
+    device has done all that it was given: then any thread may use what came of it."""
     begin = time.monotonic()
     for job in batch.jobs:
         job.start(begin)
     turns = batch.turns()
+    wait()
     seconds = time.monotonic() - begin
     for job, share in zip(batch.jobs, batch.shares(), strict=True):
         job.compute_seconds += seconds * share

@@ -7,14 +7,15 @@ move before a GPU can read it.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import mmap
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from fednano.wire import codec
@@ -22,11 +23,13 @@ from fednano.wire import codec
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_WORTH_LOCKING = 1 << 18
+"""Bytes. A process may have some 65,000 regions of memory, and a small copy is short."""
 
 
 class Beside:
     """Runs work on a device in a stream of the calling thread's own, and returns when it is done: then
-    any stream may use what it made. It may use what any stream has done before."""
+    any stream may use what it made. It may use what the device's thread has waited for."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -43,10 +46,16 @@ class Beside:
         if not hasattr(self._own, "stream"):
             self._own.stream = torch.cuda.Stream(self._device)
         stream: torch.cuda.Stream = self._own.stream
-        with torch.cuda.stream(stream):
-            found = work()
-        stream.synchronize()
-        return found
+        try:
+            with torch.cuda.stream(stream):
+                return work()
+        finally:  # a failure's copies, too, may still read memory that is about to go
+            stream.synchronize()
+
+    def wait(self) -> None:
+        """Until the device has done what the calling thread gave it outside of this."""
+        if self.apart:
+            torch.cuda.current_stream(self._device).synchronize()
 
 
 def page_locked(data: codec.Buffer) -> codec.Buffer:
@@ -54,12 +63,21 @@ def page_locked(data: codec.Buffer) -> codec.Buffer:
 
     Not torch's own: that takes the next power of two.
     """
-    region = mmap.mmap(-1, len(data))
+    if len(data) < _WORTH_LOCKING:
+        return data
+    try:
+        region = mmap.mmap(-1, len(data), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        log.warning("memory not locked for the GPU", extra={"reason": str(error)})
+        return data
     region[:] = data
-    address = ctypes.addressof(ctypes.c_char.from_buffer(region))
-    refused = int(torch.cuda.cudart().cudaHostRegister(address, len(data), 0))
+    runtime, held = torch.cuda.cudart(), np.frombuffer(region, np.uint8)
+    refused = int(runtime.cudaHostRegister(held.ctypes.data, len(data), 0))
     if refused:
+        with suppress(RuntimeError):  # CUDA remembers the error, and the next to look would get it
+            torch.zeros(1, device="cuda")
         log.warning("memory not locked for the GPU", extra={"cuda_error": refused})
         return data
-    weakref.finalize(region, torch.cuda.cudart().cudaHostUnregister, address)
-    return memoryview(region)
+    # Before `region` is unmapped: that is after what looks into it is gone.
+    weakref.finalize(held, runtime.cudaHostUnregister, held.ctypes.data).atexit = False
+    return held.data

@@ -94,10 +94,6 @@ class Exchange:
         # Threads of our own: the loop's may all be taken by whoever shares the process.
         self.checkers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="check")
 
-    def company(self, client: str) -> bool:
-        """Whether others use the device, too."""
-        return self._worker.company(client)
-
     def close(self) -> None:
         self.checkers.shutdown()
 

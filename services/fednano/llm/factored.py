@@ -24,7 +24,7 @@ PackedGradient = tuple[llm_pb2.Gradient, list[Packed]]
 class Factors(Layout):
     """U and W, whose values follow in chunks: U first, then each W by its modality's number."""
 
-    bases: tuple[Base, ...]  # by sample
+    bases: tuple[Base, ...]  # end to end
     left: TensorSpec  # U [tokens, rank]
     right: dict[Modality, TensorSpec]  # W [rank, hidden]
     device: torch.device
@@ -56,8 +56,6 @@ def announced(
 ) -> Factors:
     """The first message's half; reads files. Raises UnknownBase where `owner` has no such base here."""
     found, form = requests.layout(message, limits), message.factored
-    if len(form.bases) != len(found.segments):
-        raise InvalidRequest.of("embeddings.bases", len(found.segments), len(form.bases))
     rank = form.left.shape[-1] if form.left.shape else 0
     if not 1 <= rank <= limits.hidden:
         raise InvalidRequest.of("embeddings.left", f"a rank of 1 to {limits.hidden}", rank)
@@ -66,11 +64,21 @@ def announced(
     for modality, spec in right.items():
         requests.check_spec(f"embeddings.right[{int(modality)}]", spec, (rank, limits.hidden))
     bases = store.get(owner, form.bases)
-    for sample, (base, length) in enumerate(zip(bases, found.lengths, strict=True)):
-        if base.shape[0] != length:
-            field = f"embeddings.bases[{sample}]"
-            raise InvalidRequest.of(field, f"{length} tokens, as its segments", base.shape[0])
+    _check_lengths([base.shape[0] for base in bases], found)
     return Factors(found.segments, tuple(bases), form.left, right, device)
+
+
+def _check_lengths(bases: Sequence[int], found: Layout) -> None:
+    """A sample's tokens are those of one base, or of several end to end."""
+    rest, samples = 0, iter(found.lengths)
+    for place, tokens in enumerate(bases):
+        rest = rest or next(samples, 0)
+        if tokens > rest:
+            expected = f"at most {rest} tokens, what is left of its sample"
+            raise InvalidRequest.of(f"embeddings.bases[{place}]", expected, tokens)
+        rest -= tokens
+    if rest or sum(bases) < found.tokens:
+        raise InvalidRequest.of("embeddings.bases", f"{found.tokens} tokens in all", sum(bases))
 
 
 def _modality(number: int) -> Modality:

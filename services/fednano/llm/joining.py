@@ -206,10 +206,11 @@ class Logits:
 class Backwards:
     """Backward that computes forward again. It stays whole, as Logits do."""
 
-    compute: Callable[[Sequences, torch.Tensor, torch.Tensor], torch.Tensor]
+    compute: Callable[[Sequences, torch.Tensor, torch.Tensor, bool], torch.Tensor]
     sequences: Sequences
     positions: torch.Tensor  # [wanted]
     above: torch.Tensor  # [wanted, vocabulary], the gradient of the logits there
+    several: bool = False  # requests
     divisible = False
 
     @property
@@ -218,7 +219,7 @@ class Backwards:
 
     def run(self) -> torch.Tensor:
         """[tokens, hidden]."""
-        return self.compute(self.sequences, self.positions, self.above)
+        return self.compute(self.sequences, self.positions, self.above, self.several)
 
     def part(self, samples: Sequence[int]) -> Backwards:
         raise AssertionError("not divisible, so never asked for")
@@ -227,7 +228,7 @@ class Backwards:
     def joined(cls, works: Sequence[Backwards]) -> Backwards:
         sequences = joined([work.sequences for work in works])
         above = torch.cat([work.above for work in works])
-        return cls(works[0].compute, sequences, _positions(works), above)
+        return cls(works[0].compute, sequences, _positions(works), above, len(works) > 1)
 
     def split(self, result: torch.Tensor, works: Sequence[Backwards]) -> list[torch.Tensor]:
         parts = result.split([sum(work.lengths) for work in works])

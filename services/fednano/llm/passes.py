@@ -7,6 +7,7 @@ fed: then Forward shares its batch, and Backward, which computes forward again, 
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from typing import Any
 
@@ -15,15 +16,17 @@ import torch
 from fednano.llm.exchange import Exchange, Packed
 from fednano.llm.factored import PackedGradient, packed_gradient
 from fednano.llm.jobs import Job
-from fednano.llm.joining import Backwards, Logits
+from fednano.llm.joining import Backwards, Logits, padded
 from fednano.llm.requests import Received
 from fednano.models.activations import Fed, Kept
 from fednano.models.frozen import FrozenLLM
-from fednano.models.language_model import ForwardResult
+from fednano.models.language_model import ForwardResult, Sequences
 from fednano.wire import llm_pb2
 from fednano.wire.errors import InvalidRequest
 from fednano.wire.tensor_pb2 import FP32, DType, Header
 
+_RECENT_SECONDS = 2.0
+"""For so long a client counts as one of several."""
 PackedLogits = tuple[str, Packed]
 """The activation's name, empty where none is kept, and logits [wanted, vocabulary]."""
 
@@ -32,8 +35,10 @@ class Passes:
     """Of one engine."""
 
     def __init__(self, engine: FrozenLLM, exchange: Exchange, joined_tokens: int) -> None:
-        """Requests of at most `joined_tokens` share batches with others', where there are any."""
+        """Requests of at most `joined_tokens`, padding counted, share batches with others', where there
+        are any."""
         self._engine = engine
+        self._seen: dict[str, float] = {}  # by client, when its last pass came
         self._exchange = exchange
         self._joined_tokens = joined_tokens
 
@@ -43,13 +48,12 @@ class Passes:
         """Logits at `positions` [wanted] of the packed tokens."""
         sequences, factored = received.sequences, received.factored
         origin = factored.without_base() if factored else None
-        tokens = len(sequences.values)
-        if head.keep and not self._joins(head.header, tokens):
+        if not self._joins(head.header, sequences) and head.keep:
             return await self._exchange.compute(
                 "Forward",
                 lambda: _packed(self._engine.forward(sequences, positions, origin=origin)),
                 head.header,
-                tokens,
+                len(sequences.values),
             )
 
         def finish(found: ForwardResult) -> PackedLogits:
@@ -76,9 +80,12 @@ class Passes:
         sequences = received.sequences if received else None
 
         def finish(found: torch.Tensor) -> PackedGradient:
-            return packed_gradient(origin, found, dtype, head.want_fisher)
+            gradient = packed_gradient(origin, found, dtype, head.want_fisher)
+            self._engine.activations.drop(head.activation)
+            return gradient
 
         fed = self._fed(head.header, kept, received, positions)
+        del kept  # what is pushed out meanwhile shall be gone
         if fed is None:
             return await self._exchange.compute(
                 "Backward",
@@ -89,7 +96,6 @@ class Passes:
         if len(fed.positions) != len(above):
             expected = [len(fed.positions), above.shape[1]]
             raise InvalidRequest.of("logits_gradient", expected, list(above.shape))
-        self._engine.activations.drop(head.activation)
         work = Backwards(self._engine.backward_again, fed.sequences, fed.positions, above)
         return await self._exchange.joined("Backward", work, head.header, finish)
 
@@ -106,15 +112,16 @@ class Passes:
             return held if isinstance(held, Fed) and not header.alone else None
         if received is None or positions is None:
             return None
-        joins = self._joins(header, len(received.sequences.values))
+        joins = self._joins(header, received.sequences)
         return Fed(received.sequences, positions) if joins else None
 
-    def _joins(self, header: Header, tokens: int) -> bool:
-        return (
-            tokens <= self._joined_tokens
-            and not header.alone
-            and self._exchange.company(header.client)
-        )
+    def _joins(self, header: Header, sequences: Sequences) -> bool:
+        """Small, and others have passes of their own computed, too."""
+        now = time.monotonic()
+        self._seen = {c: at for c, at in self._seen.items() if now - at <= _RECENT_SECONDS}
+        self._seen[header.client] = now
+        small = padded(sequences.lengths) <= self._joined_tokens
+        return small and not header.alone and len(self._seen) > 1
 
 
 def _packed(found: ForwardResult) -> PackedLogits:

@@ -181,10 +181,12 @@ class LeadingLLM(FrozenLLM):
         with self._together("forward", sequences, positions, False):
             return super().forward(sequences, positions, keep=False)
 
-    def activate(self, sequences: Sequences, positions: torch.Tensor) -> Activation:
+    def activate(
+        self, sequences: Sequences, positions: torch.Tensor, divisible: bool = False
+    ) -> Activation:
         number = next(self._numbers)
         with self._together("activate", sequences, positions, number=number):
-            made = super().activate(sequences, positions)
+            made = super().activate(sequences, positions, divisible)
         shared = _Shared(made.values, made.logits, number)
         self._forget_with(shared, number)
         return shared

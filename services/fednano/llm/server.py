@@ -70,8 +70,8 @@ class LlmServer:
         self._replica = replica
         self._metrics = Metrics()
         batcher = Batcher(batch_tokens(settings, engine), settings.generations)
-        self._worker = Worker(settings.queue, batcher, self._metrics.batch)
         beside = Beside(engine.device)
+        self._worker = Worker(settings.queue, batcher, self._metrics.batch, beside.wait)
         self._exchange = Exchange(
             engine.fingerprint, limits_of(settings, engine), self._worker, self._metrics, beside
         )
@@ -202,6 +202,8 @@ def batch_tokens(settings: LlmSettings, engine: FrozenLLM) -> int:
 def joined_tokens(settings: LlmSettings, engine: FrozenLLM) -> int:
     """Of a client-side loss's passes. On a CPU computing forward again costs more than company spares;
     on a GPU a smaller request takes as long as one of some 1,000 tokens."""
+    if not batch_tokens(settings, engine):
+        return 0
     if settings.join_backward_tokens >= 0:
         return settings.join_backward_tokens
     return 0 if engine.device.type == "cpu" else 1024

@@ -35,6 +35,8 @@ from fednano.wire.errors import InvalidRequest, Unsupported
 from fednano.wire.headers import PROTOCOL, check_header
 from fednano.wire.interceptors import Context, caller
 
+_ON_DEVICE = 8
+"""So many dense requests that wait lie on the device already; those of more would fill it."""
 _NO_BASES = "the factored wire is not offered by this service; send dense embeddings"
 
 
@@ -251,7 +253,9 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
     async def _announced(self, message: llm_pb2.Embeddings) -> Announced | Factors:
         """The first message's embeddings, dense or factored. Raises UnknownBase."""
         if message.WhichOneof("form") != "factored":
-            return requests.announced(message, self._limits, self._engine.device)
+            few = self._worker.depth < _ON_DEVICE
+            device = self._engine.device if few else torch.device("cpu")
+            return requests.announced(message, self._limits, device)
         if self._bases is None:
             raise Unsupported(_NO_BASES)
         read = partial(

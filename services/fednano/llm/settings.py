@@ -69,8 +69,8 @@ class LlmSettings(ListenerTls):
     join_backward_tokens: int = Field(
         -1,
         ge=-1,
-        description="of a Forward and its Backward that share batches with others', for which forward"
-        " is computed again; 0: none, -1: none on a CPU, 1024 on a GPU",
+        description="the largest Forward that is joined with others'; its Backward computes forward"
+        " again. 0: none, -1: none on a CPU, 1024 on a GPU",
     )
     generations: int = Field(4, ge=1, description="answers that are written at the same time")
     tokens_per_sample: int = Field(0, ge=0, description="limit; 0: the model's own")

@@ -29,12 +29,17 @@ class Worker:
     """Runs jobs in batches. All methods belong to the event loop's thread."""
 
     def __init__(
-        self, limit: int, batcher: Batcher, told: Callable[[Batch], None] = lambda _: None
+        self,
+        limit: int,
+        batcher: Batcher,
+        told: Callable[[Batch], None] = lambda _: None,
+        wait: Callable[[], None] = lambda: None,
     ) -> None:
-        """`limit` jobs may wait; `told` hears of each batch that was run."""
+        """`limit` jobs may wait; `told` hears of each batch that was run, `wait` is for the device."""
         self.limit = limit
         self._batcher = batcher
         self._told = told
+        self._wait = wait
         self._running: Sequence[Job[Any]] = ()
         self._arrived = asyncio.Event()
         self._closed = False
@@ -65,10 +70,6 @@ class Worker:
             job.fail(Unavailable("the service is shutting down"))
             self._batcher.remove(job)
         await asyncio.to_thread(self._thread.shutdown)
-
-    def company(self, client: str) -> bool:
-        """Whether others than `client` use the device."""
-        return self._batcher.company(client)
 
     def check_room(self) -> None:
         """Raises Busy where the queue is full: asked before a large request is received."""
@@ -109,7 +110,7 @@ class Worker:
         while True:
             batch = await self._gather()
             self._running = batch.jobs
-            turns, seconds = await loop.run_in_executor(self._thread, run, batch)
+            turns, seconds = await loop.run_in_executor(self._thread, run, batch, self._wait)
             self._batcher.ran(batch, seconds)
             self._told(batch)
             self._settle(turns)

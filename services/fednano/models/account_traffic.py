@@ -86,7 +86,7 @@ class Step:
         """U and W there, their gradients back; bases are at the service already."""
         left = self._spec("left", self.tokens, self.rank)
         right = {m: self._spec(f"right.{m}", self.rank, self.hidden) for m in self._adapted()}
-        bases = [bytes.fromhex(_DIGEST)] * self.samples
+        bases = [bytes.fromhex(_DIGEST)] * (self.samples * len(self.segments))
         form = llm_pb2.FactoredForm(bases=bases, left=left, right=right)
         squared = fisher_dtype(self.dtype)
         fisher = {
@@ -103,15 +103,18 @@ class Step:
         )
 
     def first(self) -> Traffic:
-        """What a batch costs once more than any later time: its bases, and a request that is made
-        twice because the first one only hears which bases are missing."""
-        base = self._spec("base", self.length, self.hidden)
-        head = llm_pb2.UploadBaseHead(header=_header(), digest=bytes.fromhex(_DIGEST), values=base)
-        size = codec.spec_size(base)
-        message = llm_pb2.UploadBaseRequest(head=head).ByteSize()
-        reply = llm_pb2.UploadBaseReply(received=self.samples * size).ByteSize()
-        upload = Traffic({"bases": size, "control": message}) * self.samples
+        """What a batch costs once more than any later time: its bases, no two of them alike, and a
+        request that is made twice because the first one only hears which bases are missing."""
+        upload = sum((self._upload(s.length) for s in self.segments), Traffic()) * self.samples
+        reply = llm_pb2.UploadBaseReply(received=upload.sent["bases"]).ByteSize()
         return upload + Traffic(self.factored().sent, {"control": reply})
+
+    def _upload(self, tokens: int) -> Traffic:
+        """Of one base."""
+        base = self._spec("base", tokens, self.hidden)
+        head = llm_pb2.UploadBaseHead(header=_header(), digest=bytes.fromhex(_DIGEST), values=base)
+        message = llm_pb2.UploadBaseRequest(head=head).ByteSize()
+        return Traffic({"bases": codec.spec_size(base), "control": message})
 
     def _traffic(
         self,

@@ -42,7 +42,7 @@ class Factored:
 
     def without_base(self) -> Factored:
         """All that `gradient` needs."""
-        return replace(self, base=self.base[:0])
+        return replace(self, base=self.base.new_empty(0, self.base.shape[1]))
 
     def to(self, device: torch.device) -> Factored:
         """The same, float32, on `device`."""
@@ -54,6 +54,11 @@ class Factored:
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each sample."""
         return tuple(sum(s.length for s in sample) for sample in self.segments)
+
+    @property
+    def pieces(self) -> tuple[int, ...]:
+        """Tokens of each segment, of one sample after the other: x lies at the service so."""
+        return tuple(s.length for sample in self.segments for s in sample)
 
     @torch.no_grad()
     def dense(self) -> Sequences:
@@ -99,7 +104,7 @@ def fisher_dtype(gradient: DType) -> DType:
 
 
 def base_digest(fingerprint: str, spec: TensorSpec, data: Buffer) -> bytes:
-    """The address of one sample's x: SHA-256 over model, dtype, shape and bytes."""
+    """The address of a piece of x: SHA-256 over model, dtype, shape and bytes."""
     name = f"{fingerprint} {DType.Name(spec.dtype)} {list(spec.shape)}\n"
     found = hashlib.sha256(name.encode())
     found.update(data)

@@ -190,9 +190,7 @@ class FrozenLLM:
     def step(self, sequences: Sequences, labels: torch.Tensor, weights: torch.Tensor) -> StepResult:
         """Loss and gradient in one go: one forward, one backward, to the inputs only."""
         divisible = len(sequences.lengths) > 1  # smaller batches cost less than computing again
-        return self._done(
-            self._with_graph(lambda: self._step(sequences, labels, weights), divisible)
-        )
+        return self._with_graph(lambda: self._step(sequences, labels, weights), divisible)
 
     @torch.inference_mode()
     def score(self, sequences: Sequences, labels: torch.Tensor) -> ScoreResult:
@@ -203,7 +201,7 @@ class FrozenLLM:
         hits = predictions.sums((logits.argmax(dim=-1) == predictions.targets).int())
         home = sequences.values.device
         sums, counts = predictions.sums(losses), _counts(predictions)
-        return self._done(ScoreResult(sums.to(home), counts.to(home), hits.int().to(home)))
+        return ScoreResult(sums.to(home), counts.to(home), hits.int().to(home))
 
     def forward(
         self,
@@ -218,7 +216,7 @@ class FrozenLLM:
         if not keep:
             with torch.no_grad():
                 logits = self._logits(self._placed(sequences), self._padding(sequences), positions)
-            return self._done(ForwardResult("", logits.to(home)))
+            return ForwardResult("", logits.to(home))
         activation = self.activate(sequences, positions)
         name = self.activations.put(activation, origin)
         return ForwardResult(name, activation.logits.detach().to(home))
@@ -252,16 +250,22 @@ class FrozenLLM:
         return self.descend(made, logits_gradient)
 
     def backward_again(
-        self, sequences: Sequences, positions: torch.Tensor, logits_gradient: torch.Tensor
+        self,
+        sequences: Sequences,
+        positions: torch.Tensor,
+        logits_gradient: torch.Tensor,
+        divisible: bool = False,
     ) -> torch.Tensor:
-        """`backward` of a pass of which nothing was kept, on the device of the values."""
-        made = self.activate(sequences, positions)
+        """`backward` of a pass of which nothing was kept; `divisible`: fewer could be tried instead."""
+        made = self.activate(sequences, positions, divisible)
         gradient = self.descend(made, logits_gradient.to(self.device))
-        return self._done(gradient.to(sequences.values.device))
+        return gradient.to(sequences.values.device)
 
-    def activate(self, sequences: Sequences, positions: torch.Tensor) -> Activation:
+    def activate(
+        self, sequences: Sequences, positions: torch.Tensor, divisible: bool = False
+    ) -> Activation:
         """A forward pass with its graph, from which `descend` goes back, once."""
-        return self._with_graph(lambda: self._activate(sequences, positions))
+        return self._with_graph(lambda: self._activate(sequences, positions), divisible)
 
     def descend(self, activation: Activation, logits_gradient: torch.Tensor) -> torch.Tensor:
         """logits_gradient [wanted, vocabulary] to the gradient [tokens, hidden]."""
@@ -299,12 +303,6 @@ class FrozenLLM:
         Where this raises, no answer has changed but for its cache: each may be tried again.
         """
         return write(self._model, answers)
-
-    def _done(self, result: R) -> R:
-        """`result` once a GPU has computed it: others may use it in streams of their own."""
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-        return result
 
     def _with_graph(self, compute: Callable[[], R], divisible: bool = False) -> R:
         """Once more with layers computed again on the way back, where that is the last resort."""

@@ -91,7 +91,7 @@ class UnknownActivation(NotFound):
 class UnknownBase(NotFound):
     """Bases that are not held for this caller, here and now: upload them, and ask again.
 
-    The problem of the field `embeddings.bases` names the samples, as in "0-3,7".
+    The problem of the field `embeddings.bases` names them by their places, as in "0-3,7".
     """
 
 

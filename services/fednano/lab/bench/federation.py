@@ -120,11 +120,12 @@ class Compared:
     edge: int  # bytes of the edge half
 
     def rows(self) -> Iterator[Row]:
-        """The reaches are held against the wire that is meant to spare the link."""
+        """The reaches are held against the wire that is meant to spare the link, and for all the bytes
+        that a client needs to get there; those of the rounds are a part of them."""
         ahead = Reach("at most", 1.0) if self.wire == _WIRES[-1] else None
         ours, lora = self.ours, self.lora
-        yield self._bytes("each round's traffic", 0, 0, ahead)
         yield self._bytes("with what it needs to start", self.edge, _whole(), ahead)
+        yield self._bytes("of them the rounds' traffic", 0, 0, None)
         yield self._row(
             "peak memory of a client",
             ours.peak / lora.peak,

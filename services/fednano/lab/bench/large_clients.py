@@ -156,19 +156,15 @@ def _moved(batch: Batch, device: torch.device) -> Batch:
 
 def _in_pieces(engine: FrozenLLM, piece: Batch, pieces: int) -> None:
     for _ in range(pieces):
-        found = engine.step(piece.sequences(piece.base), piece.labels, _weights(piece))
+        found = engine.step(piece.sequences(piece.base), piece.labels, piece.weights)
         found.loss_sums.tolist()  # waits for the device
-
-
-def _weights(batch: Batch) -> torch.Tensor:
-    return batch.weights
 
 
 def _sent(
     batch: Batch, llm: FactoredLanguageModel, shape: Shape
 ) -> tuple[Factored, tuple[bytes, ...]]:
     """x, U and W, and the digests of x, as a client has them when a step begins."""
-    base, digests = llm.held(batch.base.split(batch.lengths))
+    base, digests = llm.held(batch.base.split(batch.pieces))
     nano = NanoEdge(new_adapters(shape.text.hidden_size, shape.rank))
     with torch.no_grad():
         return nano.factored(replace(batch, base=base)), digests
@@ -178,7 +174,7 @@ def _by_factors(
     remote: RemoteLanguageModel, sent: Factored, digests: tuple[bytes, ...], batch: Batch
 ) -> Step:
     """Raises BenchFailed where the service keeps no bases, so that all would be sent every time."""
-    llm, weights, meter = FactoredLanguageModel(remote), _weights(batch), remote.calls.meter
+    llm, weights, meter = FactoredLanguageModel(remote), batch.weights, remote.calls.meter
 
     def step() -> None:
         llm.step(sent, batch.labels, weights, digests=digests)

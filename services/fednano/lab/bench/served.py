@@ -119,12 +119,21 @@ def make_examples(count: int, side: int) -> list[Example]:
 
 
 def make_long_examples(edge: EdgeHalf, count: int, side: int, tokens: int) -> list[Example]:
-    """The same with a question that makes `tokens` of each, image and answer included."""
+    """The same with questions that make `tokens` of each, image and answer included: no two of the
+    first 256 alike, as what is alike is uploaded once."""
     examples = make_examples(count, side)
     question = examples[0].question
     missing = tokens - len(edge.prepare(examples[0]).base)
     assert missing >= 0, "the image alone has more tokens"
-    return [replace(example, question=question + " digit" * missing) for example in examples]
+    return [
+        replace(example, question=question + "".join(_words(number, missing)))
+        for number, example in enumerate(examples)
+    ]
+
+
+def _words(number: int, count: int) -> list[str]:
+    """A token each."""
+    return [" this" if place < 8 and number >> place & 1 else " digit" for place in range(count)]
 
 
 def taken_bytes(meter: Meter) -> tuple[int, int]:
