@@ -193,6 +193,28 @@ def test_narrow_wires_are_close(
         assert 0 < np.linalg.norm(found.fisher[name] - fisher) < 2 * off * np.linalg.norm(fisher)
 
 
+def test_in_company_the_service_keeps_no_graph_and_the_gradient_is_the_same(
+    frozen: FrozenLLM, adapters: NanoAdapters, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss of the client's own, and another client's: forward is computed again."""
+    again, original = [], FrozenLLM.backward_again
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        again.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(FrozenLLM, "backward_again", watched)
+    service = Served(frozen, join_backward_tokens=1000)
+    with remote(service.port) as llm:
+        other = RemoteLanguageModel(llm.calls.replicas, caller("c2"), Meter(), FP32)
+        step(FactoredWire(FactoredLanguageModel(other), loss="client"), adapters, batch)
+        assert not again
+        found = step(FactoredWire(FactoredLanguageModel(llm), loss="client"), adapters, batch)
+        assert_close(found, step(DenseWire(llm), adapters, batch))
+    service.stop()
+    assert len(again) == 1
+
+
 def distinct(batch: Batch) -> dict[bytes, int]:
     """Bytes of each piece of x in fp32; a text that samples share is one."""
     pieces = batch.base.split(batch.pieces)
