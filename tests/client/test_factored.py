@@ -215,6 +215,28 @@ def test_in_company_the_service_keeps_no_graph_and_the_gradient_is_the_same(
     assert len(again) == 1
 
 
+def test_bases_are_uploaded_however_few_of_them_an_error_names(
+    port: int, adapters: NanoAdapters, edge: EdgeHalf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between images that are missing lie texts that are not: an answer names one image or two."""
+    monkeypatch.setattr("fednano.llm.bases._MOST_NAMED", 3)
+    batches = [
+        Batch.of([edge.prepare(Example("", (picture(n),), "What?", "two")) for n in numbers])
+        for numbers in ([0], range(1, 8))
+    ]
+    meter = Meter()
+    with remote(port, meter=meter) as llm:
+        wire = FactoredWire(FactoredLanguageModel(llm))
+        wire.llm.forget()
+        first = step(wire, adapters, batches[0])
+        assert_close(first, step(DenseWire(llm), adapters, batches[0]))
+        meter.take()
+        found = step(wire, adapters, batches[1])
+        images = 7 * 16 * 128 * 4
+        assert meter.take().sent_bytes["bases"] == images
+        assert_close(found, step(DenseWire(llm), adapters, batches[1]))
+
+
 def distinct(batch: Batch) -> dict[bytes, int]:
     """Bytes of each piece of x in fp32; a text that samples share is one."""
     pieces = batch.base.split(batch.pieces)

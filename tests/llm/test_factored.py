@@ -65,9 +65,11 @@ def sent(engine) -> Factored:
     return Factored(base, left, right, segments)
 
 
-def uploads(llm: Caller, factored: Factored) -> list[Upload]:
+def uploads(
+    llm: Caller, factored: Factored, pieces: tuple[int, ...] = tuple(LENGTHS)
+) -> list[Upload]:
     found = []
-    for x in factored.base.split(list(LENGTHS)):
+    for x in factored.base.split(list(pieces)):
         spec, data = torch_codec.spec_of("base", x, FP32), bytes(torch_codec.pack(x, FP32))
         found.append(Upload(base_digest(llm.fingerprint, spec, data), spec, data))
     return found
@@ -131,6 +133,30 @@ async def as_client(llm: Caller, client: str, rpc: str, messages: list[Any]) -> 
             return list(reply) if hasattr(reply, "__iter__") else [reply]
 
     return await asyncio.to_thread(call)
+
+
+async def test_a_base_may_be_a_sample_or_a_piece_of_it(llm, engine):
+    """The first sample whole, the others by their segments, of which two lie in one base."""
+    factored = sent(engine)
+    whole = uploads(llm, factored)
+    await upload(llm, whole)
+    expected = await llm.stream("ForwardBackward", step_messages(llm, factored))
+    parts = uploads(llm, factored, (7, 3, 1, 4, 6))
+    await upload(llm, parts)
+    messages = step_messages(llm, factored)
+    form = messages[0].head.embeddings.factored
+    form.bases[:] = [one.digest for one in parts]
+    found = await llm.stream("ForwardBackward", messages)
+    assert [reply.chunk for reply in found[1:]] == [reply.chunk for reply in expected[1:]]
+
+
+async def test_more_bases_than_tokens_are_refused_before_any_is_read(llm, engine):
+    factored = sent(engine)
+    messages = step_messages(llm, factored)
+    form = messages[0].head.embeddings.factored
+    form.bases[:] = [b"no such base"] * 22
+    error = await llm.failure("ForwardBackward", messages)
+    assert "embeddings.bases: expected at most 21, of a token or more each, got 22" in error.detail
 
 
 async def test_the_gradient_is_that_of_the_dense_form(llm, engine):

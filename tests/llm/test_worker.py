@@ -108,6 +108,22 @@ async def test_a_failing_job_fails_its_caller_only(start):
     await llm.step(packed(engine), several_labels(), WEIGHTS)
 
 
+async def test_a_device_that_fails_after_a_batch_fails_its_callers_only() -> None:
+    """A GPU tells of what went wrong when it is waited for."""
+    failures = [RuntimeError("CUDA error: an illegal memory access was encountered")]
+
+    def wait() -> None:
+        if failures:
+            raise failures.pop()
+
+    worker = Worker(4, Batcher(0, 1), wait=wait)
+    worker.start()
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        await worker.submit(lambda: 1).result()
+    assert await worker.submit(lambda: 2).result() == 2
+    await worker.close()
+
+
 async def test_no_memory_is_said_to_be_so(start):
     class Full(FrozenLLM):
         def score(self, *_: Any) -> ScoreResult:

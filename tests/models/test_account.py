@@ -193,9 +193,10 @@ def test_a_round_on_the_factored_wire_is_as_accounted(
     found = account(tiny, second.plan).factored
     steps = found.round + account(tiny, second.plan).adapters.traffic * -1
     assert_same(second.costs, steps)
-    bases = first.costs.sent_bytes["bases"]
-    images = 20 * 16 * 128 * 2
-    assert images < bases < 1.2 * images
+    bases, row, image = first.costs.sent_bytes["bases"], 128 * 2, 16
+    texts = second.plan.prompt_tokens + 18 - image
+    assert found.once.sent["bases"] == 20 * (image + texts) * row
+    assert bases == (20 * image + texts) * row
     sent = sum(messages(first.costs.sent_bytes).values())
     assert steps.bytes_sent + bases < sent <= 1.01 * (steps + found.once).bytes_sent
 

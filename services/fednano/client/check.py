@@ -168,9 +168,10 @@ class Check:
             Outflow(
                 "bases",
                 vectors,
-                "sample, once",
+                "sample, once at most",
                 "only in runs by the factored wire: vectors before any adapter, which the LLM service"
-                " keeps while the run lasts; embeddings are far smaller then",
+                " keeps while the run lasts, those of an image or text that comes again once;"
+                " embeddings are far smaller then",
             ),
             Outflow("control", control, f"step of {_BATCH} samples", "where which tokens are"),
             Outflow(

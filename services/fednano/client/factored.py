@@ -40,10 +40,10 @@ from fednano.wire.tensor_pb2 import INT8, DType, Header, TensorSpec
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_ROUNDS = 3
-"""How often a call uploads what is missing, before it sends everything itself."""
-_WORTH_THREADS = 1 << 22
-"""Numbers. Fewer are hashed before a thread has begun."""
+_ROUNDS = 2
+"""How often a call uploads what it has uploaded before, and then sends everything itself."""
+_WORTH_THREADS = 1 << 20
+"""Numbers; to hash fewer takes a millisecond, as threads do to begin."""
 _DENSE_SECONDS = 60.0
 """How long everything is sent after that: a service without room would be filled at every step."""
 
@@ -274,12 +274,17 @@ class FactoredLanguageModel:
 
     def _with_bases(self, replica: Replica, call: Callable[[], T], bases: Sequence[Base]) -> T:
         """`call()`, again after what this replica lacks has been uploaded. Raises NoRoom."""
-        for _ in range(_ROUNDS):
+        uploaded: set[bytes] = set()
+        again = 0
+        while again < _ROUNDS:
             try:
                 return call()
-            except UnknownBase as error:
+            except UnknownBase as error:  # it may name but some of them
                 missing = {bases[i].digest: bases[i] for i in _places(error, len(bases))}
+            again += not missing.keys() - uploaded
+            if missing:
                 self._upload(replica, list(missing.values()))
+            uploaded |= missing.keys()
         raise NoRoom(f"the service kept none of {len(bases)} bases, or not long enough")
 
     def _upload(self, replica: Replica, bases: Sequence[Base]) -> None:

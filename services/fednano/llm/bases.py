@@ -159,32 +159,42 @@ class BaseStore:
     def holds(self, owner: Owner, digest: bytes) -> bool:
         """Whether it is there; one that is counts as used."""
         with self._lock:
-            shelf = self._shelf_of(owner, digest)
-            if shelf is not None:
-                shelf.use(owner, digest, self._clock())
-            return shelf is not None
+            return self._find(owner, digest) is not None
 
-    def get(self, owner: Owner, digests: Sequence[bytes]) -> list[Base]:
-        """All of them. Raises UnknownBase, which names the places of those that are not there, of
-        equal ones the first."""
+    def get(
+        self,
+        owner: Owner,
+        digests: Sequence[bytes],
+        check: Callable[[list[int]], None] = lambda tokens: None,
+    ) -> list[Base]:
+        """All of them, equal ones once; `check` is given their tokens before any is read. Raises what
+        that raises, or UnknownBase, which names the places of those that are not there, of equal ones
+        the first."""
+        places = {digest: place for place, digest in reversed(list(enumerate(digests)))}
+        found: dict[bytes, Base | None] = {}
         with self._lock:
-            found = [self._read(owner, digest) for digest in digests]
-        lacking = [place for place, base in enumerate(found) if base is None]
-        self._looked_up(len(found) - len(lacking), len(lacking))
-        missing = sorted({digests[place]: place for place in reversed(lacking)}.values())
-        if missing:
-            problem = Problem("embeddings.bases", "bases that were uploaded", ranges(missing))
+            entries = {digest: self._find(owner, digest) for digest in places}
+            tokens = [entry.shape[0] for d in digests if (entry := entries[d]) is not None]
+            if len(tokens) == len(digests):
+                check(tokens)
+                found = {digest: self._read(owner, digest) for digest in places}
+            lacking = [d for d in places if entries[d] is None or (found and found[d] is None)]
+        self._looked_up(len(places) - len(lacking), len(lacking))
+        if lacking:
+            named = ranges(sorted(places[digest] for digest in lacking))
+            problem = Problem("embeddings.bases", "bases that were uploaded", named)
             raise UnknownBase(str(problem), problem)
-        return [base for base in found if base is not None]
+        return [base for digest in digests if (base := found[digest]) is not None]
 
     def delete(self, owner: Owner, digests: Sequence[bytes] = ()) -> int:
         """How many were there; without `digests` all of the owner's go."""
+        wanted = set(digests)
         with self._lock:
             mine = [
                 (shelf, digest)
                 for shelf in (self._memory, self._disk)
                 for digest in shelf.kept.get(owner, ())
-                if not digests or digest in digests
+                if not wanted or digest in wanted
             ]
             for shelf, digest in mine:
                 self._drop(shelf, owner, digest)
@@ -215,18 +225,24 @@ class BaseStore:
                 self._drop(shelf, owner, digest)
         return None
 
+    def _find(self, owner: Owner, digest: bytes) -> _Kept | None:
+        """Counts as used."""
+        shelf = self._shelf_of(owner, digest)
+        if shelf is None:
+            return None
+        shelf.use(owner, digest, self._clock())
+        return shelf.kept[owner][digest]
+
     def _read(self, owner: Owner, digest: bytes) -> Base | None:
         shelf = self._shelf_of(owner, digest)
         if shelf is None:
             return None
         try:
-            base = shelf.kept[owner][digest].read()
+            return shelf.kept[owner][digest].read()
         except OSError as error:
             log.warning("base lost", extra={"reason": str(error)})
             self._drop(shelf, owner, digest)
             return None
-        shelf.use(owner, digest, self._clock())
-        return base
 
     def _drop(self, shelf: _Shelf, owner: Owner, digest: bytes) -> None:
         entry = shelf.take(owner, digest)

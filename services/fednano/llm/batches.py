@@ -42,7 +42,10 @@ def run(batch: Batch, wait: Callable[[], None]) -> tuple[list[Turn[Any]], float]
     for job in batch.jobs:
         job.start(begin)
     turns = batch.turns()
-    wait()
+    try:
+        wait()
+    except Exception as error:  # as a GPU tells of what went wrong some time before
+        turns = [Turn(ended=True, error=error) for _ in batch.jobs]
     seconds = time.monotonic() - begin
     for job, share in zip(batch.jobs, batch.shares(), strict=True):
         job.compute_seconds += seconds * share

@@ -42,8 +42,12 @@ class Factors(Layout):
             for (modality, spec), buffer in zip(self.right.items(), data[1:], strict=False)
         }
         with requests.room_on_device():
-            bases = [base.tensor().to(self.device, non_blocking=True) for base in self.bases]
-            factored = Factored(torch.cat(bases), left, right, self.segments).to(self.device)
+            there = {
+                id(base): base.tensor().to(self.device, non_blocking=True)
+                for base in {id(base): base for base in self.bases}.values()
+            }
+            x = torch.cat([there[id(base)] for base in self.bases])
+            factored = Factored(x, left, right, self.segments).to(self.device)
             return Received(factored.dense(), factored)
 
 
@@ -56,6 +60,9 @@ def announced(
 ) -> Factors:
     """The first message's half; reads files. Raises UnknownBase where `owner` has no such base here."""
     found, form = requests.layout(message, limits), message.factored
+    if len(form.bases) > found.tokens:
+        expected = f"at most {found.tokens}, of a token or more each"
+        raise InvalidRequest.of("embeddings.bases", expected, len(form.bases))
     rank = form.left.shape[-1] if form.left.shape else 0
     if not 1 <= rank <= limits.hidden:
         raise InvalidRequest.of("embeddings.left", f"a rank of 1 to {limits.hidden}", rank)
@@ -63,8 +70,7 @@ def announced(
     right = {_modality(number): form.right[number] for number in sorted(form.right)}
     for modality, spec in right.items():
         requests.check_spec(f"embeddings.right[{int(modality)}]", spec, (rank, limits.hidden))
-    bases = store.get(owner, form.bases)
-    _check_lengths([base.shape[0] for base in bases], found)
+    bases = store.get(owner, form.bases, lambda tokens: _check_lengths(tokens, found))
     return Factors(found.segments, tuple(bases), form.left, right, device)
 
 
@@ -77,7 +83,7 @@ def _check_lengths(bases: Sequence[int], found: Layout) -> None:
             expected = f"at most {rest} tokens, what is left of its sample"
             raise InvalidRequest.of(f"embeddings.bases[{place}]", expected, tokens)
         rest -= tokens
-    if rest or sum(bases) < found.tokens:
+    if sum(bases) < found.tokens:
         raise InvalidRequest.of("embeddings.bases", f"{found.tokens} tokens in all", sum(bases))
 
 

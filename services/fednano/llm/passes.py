@@ -38,7 +38,7 @@ class Passes:
         """Requests of at most `joined_tokens`, padding counted, share batches with others', where there
         are any."""
         self._engine = engine
-        self._seen: dict[str, float] = {}  # by client, when its last pass came
+        self._seen: dict[str, float] = {}  # by client, when its last pass came that may be joined
         self._exchange = exchange
         self._joined_tokens = joined_tokens
 
@@ -116,12 +116,13 @@ class Passes:
         return Fed(received.sequences, positions) if joins else None
 
     def _joins(self, header: Header, sequences: Sequences) -> bool:
-        """Small, and others have passes of their own computed, too."""
+        """One that may be joined, and others have such passes, too."""
+        if header.alone or padded(sequences.lengths) > self._joined_tokens:
+            return False
         now = time.monotonic()
         self._seen = {c: at for c, at in self._seen.items() if now - at <= _RECENT_SECONDS}
         self._seen[header.client] = now
-        small = padded(sequences.lengths) <= self._joined_tokens
-        return small and not header.alone and len(self._seen) > 1
+        return len(self._seen) > 1
 
 
 def _packed(found: ForwardResult) -> PackedLogits:

@@ -6,7 +6,7 @@ Each function raises InvalidRequest or BadTensor with the field, what was expect
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -87,7 +87,7 @@ class Announced(Layout):
     """Embeddings whose values follow in chunks."""
 
     spec: TensorSpec
-    device: torch.device  # to which they go
+    place: Callable[[], torch.device]  # where they go, asked when they have come
 
     @property
     def specs(self) -> list[TensorSpec]:
@@ -98,14 +98,16 @@ class Announced(Layout):
         """The whole, from the buffers of `specs`. Raises BadTensor, or Busy."""
         values = floats("embeddings", self.spec, data[0])
         with room_on_device():
-            return Received(Sequences(values.to(self.device), self.segments))
+            return Received(Sequences(values.to(self.place()), self.segments))
 
 
-def announced(message: llm_pb2.Embeddings, limits: Limits, device: torch.device) -> Announced:
+def announced(
+    message: llm_pb2.Embeddings, limits: Limits, place: Callable[[], torch.device]
+) -> Announced:
     """The first message's half of the embeddings, which must be dense."""
     found, spec = layout(message, limits), message.dense.values
     check_spec("embeddings", spec, (found.tokens, limits.hidden))
-    return Announced(found.segments, spec, device)
+    return Announced(found.segments, spec, place)
 
 
 @contextmanager

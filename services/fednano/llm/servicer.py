@@ -253,9 +253,7 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
     async def _announced(self, message: llm_pb2.Embeddings) -> Announced | Factors:
         """The first message's embeddings, dense or factored. Raises UnknownBase."""
         if message.WhichOneof("form") != "factored":
-            few = self._worker.depth < _ON_DEVICE
-            device = self._engine.device if few else torch.device("cpu")
-            return requests.announced(message, self._limits, device)
+            return requests.announced(message, self._limits, self._place)
         if self._bases is None:
             raise Unsupported(_NO_BASES)
         read = partial(
@@ -266,6 +264,11 @@ class LanguageModelServicer(llm_pb2_grpc.LanguageModelServicer):
             device=self._engine.device,
         )
         return await self._exchange.checked(read, message)
+
+    def _place(self) -> torch.device:
+        """Where dense embeddings lie until they are computed with."""
+        few = self._worker.depth < _ON_DEVICE
+        return self._engine.device if few else torch.device("cpu")
 
     def _card(self) -> llm_pb2.DescribeReply:
         limits = self._limits

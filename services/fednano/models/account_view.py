@@ -64,7 +64,7 @@ def _traffic(found: Account) -> Table:
     adapters = found.adapters.traffic
     for name, wire in (("dense", found.dense), ("factored", found.factored)):
         if wire.once.total:
-            table.add_row(name, "run, once", *_cells(wire.once))
+            table.add_row(name, "run, at most", *_cells(wire.once))
         for span, traffic in (("step", wire.step), ("epoch", wire.epoch), ("round", wire.round)):
             table.add_row(name, span, *_cells(traffic))
         table.add_row("", "of it adapters", *_cells(adapters), end_section=True)
@@ -79,7 +79,7 @@ def _cells(traffic: Traffic) -> tuple[str, str]:
 def _notes(found: Account) -> list[str]:
     sizes, paper = found.sizes, found.paper
     plan, pays = found.plan, found.pays_after_epochs
-    when = "never pay" if pays is None else f"have paid after {pays:.2f} epochs"
+    when = "never pay" if pays is None else f"have paid after {pays:.2f} epochs or before"
     table = decimal(sizes.embedding_table.bytes)
     return [
         f"An epoch is {plan.samples:,} samples; a round is {plan.epochs} of them, adapters, and what"
