@@ -204,6 +204,7 @@ def test_in_company_the_service_keeps_no_graph_and_the_gradient_is_the_same(
         return original(*arguments)
 
     monkeypatch.setattr(FrozenLLM, "backward_again", watched)
+    monkeypatch.setattr("fednano.llm.passes._RECENT_SECONDS", 60.0)
     service = Served(frozen, join_backward_tokens=1000)
     with remote(service.port) as llm:
         other = RemoteLanguageModel(llm.calls.replicas, caller("c2"), Meter(), FP32)
