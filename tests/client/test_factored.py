@@ -65,8 +65,7 @@ def step(wire: Wire, adapters: NanoAdapters, batch: Batch) -> Outcome:
     """As the trainer does it, with an estimate of the Fisher."""
     own = copy.deepcopy(adapters)
     estimate = FisherEstimate(own)
-    weights = batch.weights
-    crossed = wire.step(NanoEdge(own), batch, weights, estimate)
+    crossed = wire.step(NanoEdge(own), batch, estimate)
     crossed.backward()
     gradients = {n: p.grad for n, p in own.named_parameters() if p.grad is not None}
     return Outcome(crossed, gradients, estimate.mean())
@@ -293,11 +292,10 @@ def test_fisher_parts_travel_in_half_of_float32_where_gradients_are_narrow(
     port: int, adapters: NanoAdapters, batch: Batch, dtype: DType, size: int
 ) -> None:
     meter = Meter()
-    weights = batch.weights
     with remote(port, meter=meter, wire_dtype=dtype) as llm:
         wire, received = FactoredWire(FactoredLanguageModel(llm)), []
         for estimate in (None, None, FisherEstimate(adapters)):
-            wire.step(NanoEdge(adapters), batch, weights, estimate)
+            wire.step(NanoEdge(adapters), batch, estimate)
             received.append(meter.take().received_bytes["gradients"])
     assert received[2] - received[1] == 2 * 4 * batch.base.shape[1] * size  # of rank 4
 

@@ -94,8 +94,7 @@ def gradients(wire: Wire, adapters: NanoAdapters, batch: Batch) -> dict[str, tor
     """Of the adapters, and their Fisher."""
     own = copy.deepcopy(adapters)
     estimate = FisherEstimate(own)
-    weights = batch.weights
-    wire.step(NanoEdge(own), batch, weights, estimate).backward()
+    wire.step(NanoEdge(own), batch, estimate).backward()
     found = {n: p.grad for n, p in own.named_parameters() if p.grad is not None}
     return found | {n: torch.from_numpy(f) for n, f in estimate.mean().items()}
 

@@ -109,9 +109,8 @@ class ConnectorPlacement(Placement):
         the step before left it."""
         prepared = Batch.of([self.half.prepare(example) for example in examples])
         batch = self.half.filled(prepared, examples)
-        weights = batch.weights
         wire = DenseWire(self.llm, self.loss)
-        crossed = wire.step(NanoEdge(NanoAdapters({})), batch, weights, None)
+        crossed = wire.step(NanoEdge(NanoAdapters({})), batch, None)
         if not batch.base.requires_grad:  # no image among them, so nothing to go on into
             return replace(crossed, backward=lambda: None)
         return crossed

@@ -155,9 +155,8 @@ class Trainer:
                 progress(ready.share)
                 last = ready.number == passes - 1 and fisher != "none"
                 with named(ready.examples):
-                    weights = ready.batch.weights
                     crossed = wire.step(
-                        nano, ready.batch, weights, estimate if last else None, batches.begin
+                        nano, ready.batch, estimate if last else None, batches.begin
                     )
                 if ready.number < settings.epochs:
                     learning.step(crossed)

@@ -39,12 +39,12 @@ class Wire(Protocol):
         self,
         nano: NanoEdge,
         batch: Batch,
-        weights: torch.Tensor,
         estimate: FisherEstimate | None,
         under_way: Callable[[], None] = unheard,
     ) -> Crossed:
-        """The gradient is that of sum_i weights[i] * loss_i; `estimate` is told of it, and `under_way`
-        when there is little to do here until the LLM has answered: once or more, by any thread."""
+        """The gradient is that of sum_i weights[i] * loss_i, by the batch's weights; `estimate` is told
+        of it, and `under_way` when there is little to do here until the LLM has answered: once or more,
+        by any thread."""
         ...
 
     def score(self, nano: NanoEdge, batch: Batch) -> ScoreResult: ...
@@ -68,12 +68,11 @@ class DenseWire:
         self,
         nano: NanoEdge,
         batch: Batch,
-        weights: torch.Tensor,
         estimate: FisherEstimate | None,
         under_way: Callable[[], None] = unheard,
     ) -> Crossed:
         hidden = nano(batch)  # [tokens, hidden], adapters applied
-        sequences = batch.sequences(hidden.detach())
+        sequences, weights = batch.sequences(hidden.detach()), batch.weights
         under_way()
         if self.loss == "client":
             reply = client_side_step(self.llm, sequences, batch.labels, weights)
@@ -108,11 +107,10 @@ class FactoredWire:
         self,
         nano: NanoEdge,
         batch: Batch,
-        weights: torch.Tensor,
         estimate: FisherEstimate | None,
         under_way: Callable[[], None] = unheard,
     ) -> Crossed:
-        held = self._held(batch)
+        held, weights = self._held(batch), batch.weights
         sent = nano.factored(held)
         step = self.llm.client_side_step if self.loss == "client" else self.llm.step
         reply = step(sent, batch.labels, weights, estimate is not None, held.digests, under_way)

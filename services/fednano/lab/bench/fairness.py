@@ -41,8 +41,7 @@ class Client:
     def step(self) -> float:
         """Seconds from the adapters to their gradients."""
         start = time.perf_counter()
-        weights = self.batch.weights
-        DenseWire(self.llm).step(self.nano, self.batch, weights, None).backward()
+        DenseWire(self.llm).step(self.nano, self.batch, None).backward()
         return time.perf_counter() - start
 
     def until(self, deadline: float) -> list[float]:

@@ -148,8 +148,7 @@ def _gradients(
 
 def _gradient(wire: Wire, adapters: NanoAdapters, batch: Batch) -> dict[str, torch.Tensor]:
     own = copy.deepcopy(adapters)
-    weights = batch.weights
-    wire.step(NanoEdge(own), batch, weights, None).backward()
+    wire.step(NanoEdge(own), batch, None).backward()
     return {name: p.grad for name, p in own.named_parameters() if p.grad is not None}
 
 
